@@ -1,0 +1,454 @@
+"""FLUX.1's blocks over 4-bit linears, filled from a checkpoint, and a small standalone FLUX around them.
+
+Structure and parameter names are the host's (black-forest-labs/flux, native names), so that its forward, LoRA key maps and patches fit.
+Every block has two paths over the same weights: fused where nothing asks to look inside, plain where a patch, an attention override, a mask or
+per-token modulation does. Rounding points are the same in both: norm and modulation, each linear, GELU and residual round once each.
+"""
+
+from __future__ import annotations
+
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import layout
+from ..kernels.norm_modulate import Norm, norm_modulate
+from ..kernels.qk_norm_rope import qk_norm_rope_
+from ..kernels.targets import code_form, resolve_compute
+from .formats.checkpoint import FluxCheckpoint
+from .linear import Ending, Leaf, PackedLinear, PlainLinear, parameter
+from .runtime import Runtime
+
+
+EPS = 1e-6
+Linear = PackedLinear | PlainLinear
+Dims = list[tuple[int, int, int]]  # (first token, end token, row of the modulation) per slice
+
+
+@dataclass
+class Mod:
+    """One modulation: shift, scale, gate, each [B, 1, D] (or [B, T, D], a row per time, with modulation_dims)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class Modulation(nn.Module):
+    """vec [B, D] or [B, T, D] -> one (single block) or two (double block) Mods."""
+
+    def __init__(self, lin: Linear):
+        super().__init__()
+        self.lin = lin
+
+    def forward(self, vec: Tensor) -> tuple[Mod, Mod | None]:
+        vec = vec if vec.ndim == 3 else vec.unsqueeze(1)
+        chunks = self.lin(F.silu(vec)).chunk(self.lin.out_features // self.lin.in_features, dim=-1)
+        return Mod(*chunks[:3]), Mod(*chunks[3:]) if len(chunks) == 6 else None
+
+
+class RMSNorm(Leaf):
+    """RMSNorm over a head; its one parameter is called `scale` or `weight`, whichever the host's own class uses."""
+
+    def __init__(self, scale: Tensor, name: str, runtime: Runtime):
+        super().__init__(runtime)
+        self._name = name
+        self.weight = self.bias = None  # hosts since 2025-12 read both on every module that may be offloaded
+        self.register_parameter(name, parameter(scale))
+
+    def scale_on(self, device: torch.device) -> Tensor:
+        # Small enough to copy wherever it is needed; only `weight` and `bias` would be streamed by a host.
+        return getattr(self, self._name).to(device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.scale_on(x.device).float(), EPS).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, query: RMSNorm, key: RMSNorm):
+        super().__init__()
+        self.query_norm, self.key_norm = query, key
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q).to(v), self.key_norm(k).to(v)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, qkv: Linear, norm: QKNorm, proj: Linear):
+        super().__init__()
+        self.qkv, self.norm, self.proj = qkv, norm, proj
+
+
+def modulated(x: Tensor, mod: Mod, dims: Dims | None) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift in fp32, rounded once. x [B, L, D]."""
+    if dims is None:
+        return norm_modulate(x.reshape(-1, x.shape[-1]), _norm(x, mod)).view(x.shape)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
+    out = torch.empty_like(x)
+    for start, end, row in dims:
+        out[:, start:end] = (normed[:, start:end] * (1 + mod.scale[:, row : row + 1].float()) + mod.shift[:, row : row + 1].float()).to(x.dtype)
+    return out
+
+
+def gated(x: Tensor, y: Tensor, gate: Tensor, dims: Dims | None) -> Tensor:
+    """x + gate * y, rounded once."""
+    if dims is None:
+        return torch.addcmul(x, y, gate)
+    out = torch.empty_like(x)
+    for start, end, row in dims:
+        out[:, start:end] = torch.addcmul(x[:, start:end], y[:, start:end], gate[:, row : row + 1])
+    return out
+
+
+def _norm(x: Tensor, mod: Mod) -> Norm:
+    batch = x.shape[0]
+    return Norm(mod.shift[:, 0].expand(batch, -1), mod.scale[:, 0].expand(batch, -1), x.shape[1], EPS)
+
+
+def _residual(x: Tensor, gate: Tensor) -> Ending:
+    return Ending(gate=gate[:, 0].expand(x.shape[0], -1), residual=x)
+
+
+def heads_first(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, L, 3 * H * D] -> q, k, v views [B, H, L, D]."""
+    q, k, v = qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def finite(x: Tensor) -> Tensor:
+    """float16 overflow brought back to the largest number, as the host does after its blocks."""
+    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
+
+
+def looked_into(vec: object, pe: Tensor | None, mask: Tensor | None, dims: object, options: dict) -> bool:
+    """Does anything want to see or change a block's inside? Then it takes the plain path."""
+    patches = options.get("patches", {})
+    return (
+        mask is not None
+        or pe is None
+        or pe.ndim != 6
+        or dims is not None
+        or not isinstance(vec, Tensor)
+        or vec.ndim != 2
+        or bool(patches.get("attn1_patch"))
+        or bool(patches.get("attn1_output_patch"))
+        or options.get("optimized_attention_override") is not None
+    )
+
+
+def patched_attention(
+    runtime: Runtime, heads: int, q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, options: dict, img_slice: list[int] | None
+) -> Tensor:
+    """Attention with the host's attn1 patches around it: before RoPE (`attn1_patch`) and on the result (`attn1_output_patch`)."""
+    patches = options.get("patches", {})
+    extra = dict(options) if img_slice is None else dict(options, img_slice=img_slice)
+    for patch in patches.get("attn1_patch", []):
+        out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra)
+        q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
+        pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
+    attn = runtime.attention(q, k, v, heads, pe, mask, options)
+    for patch in patches.get("attn1_output_patch", []):
+        attn = patch(attn, extra)
+    return attn
+
+
+def compute_mode(options: dict, device: torch.device) -> str:
+    """The compute mode of this call: `transformer_options["tonfa"]["compute"]`, resolved for the device."""
+    return resolve_compute(options.get("tonfa", {}).get("compute", "auto"), device)
+
+
+class DoubleBlock(nn.Module):
+    """Image and text streams with joint attention. Called as the host calls its own: see `forward`."""
+
+    def __init__(self, leaf: Callable[[str], Linear], norm: Callable[[str], QKNorm], heads: int, runtime: Runtime):
+        super().__init__()
+        self.num_heads, self.runtime = heads, runtime
+        for s in ("img", "txt"):
+            self.add_module(f"{s}_mod", Modulation(leaf(f"{s}_mod.lin")))
+            self.add_module(f"{s}_attn", SelfAttention(leaf(f"{s}_attn.qkv"), norm(f"{s}_attn.norm"), leaf(f"{s}_attn.proj")))
+            self.add_module(f"{s}_mlp", nn.Sequential(leaf(f"{s}_mlp.0"), nn.GELU(approximate="tanh"), leaf(f"{s}_mlp.2")))
+        self.hidden_size = self.img_attn.qkv.in_features
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        pe: Tensor,
+        attn_mask: Tensor | None = None,
+        modulation_dims_img: Dims | None = None,
+        modulation_dims_txt: Dims | None = None,
+        transformer_options: dict | None = None,
+        **unknown: object,
+    ) -> tuple[Tensor, Tensor]:
+        """img [B, Li, D], txt [B, Lt, D], vec [B, D], pe [B|1, 1, Lt + Li, d/2, 2, 2] (text first) -> (img, txt). Unknown keywords are ignored."""
+        self.runtime.check_cancel()
+        options = transformer_options or {}
+        compute = compute_mode(options, img.device)
+        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (self.img_mod(vec), self.txt_mod(vec)) if isinstance(vec, Tensor) else vec
+        if looked_into(vec, pe, attn_mask, modulation_dims_img or modulation_dims_txt, options):
+            if modulation_dims_img is not None:  # the text stream has one time only: the first row
+                txt_mod1, txt_mod2 = (Mod(*(t[:, :1] for t in (m.shift, m.scale, m.gate))) for m in (txt_mod1, txt_mod2))
+            attn = self._attention(img, txt, img_mod1, txt_mod1, pe, attn_mask, modulation_dims_img, modulation_dims_txt, compute, options)
+            n = txt.shape[1]
+            img = self._finish("img", img, attn[:, n:], img_mod1, img_mod2, modulation_dims_img, compute)
+            txt = self._finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, modulation_dims_txt, compute)
+        else:
+            attn = self._fused_attention(img, txt, img_mod1, txt_mod1, pe, compute, options)
+            n = txt.shape[1]
+            img = self._fused_finish("img", img, attn[:, n:], img_mod1, img_mod2, compute)
+            txt = self._fused_finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, compute)
+        return img, finite(txt)
+
+    def _streams(self, img: object, txt: object) -> tuple[tuple[SelfAttention, object], ...]:
+        return (self.txt_attn, txt), (self.img_attn, img)
+
+    # -- plain path ---------------------------------------------------------------------------------------------------------------
+
+    def _attention(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_mod: Mod,
+        txt_mod: Mod,
+        pe: Tensor | None,
+        mask: Tensor | None,
+        dims_img: Dims | None,
+        dims_txt: Dims | None,
+        compute: str,
+        options: dict,
+    ) -> Tensor:
+        parts = []
+        for stream, x, mod, dims in ((self.txt_attn, txt, txt_mod, dims_txt), (self.img_attn, img, img_mod, dims_img)):
+            q, k, v = heads_first(stream.qkv(modulated(x, mod, dims), compute), self.num_heads)
+            parts.append((*stream.norm(q, k, v), v))
+        q, k, v = (torch.cat(t, 2) for t in zip(*parts, strict=True))
+        return patched_attention(self.runtime, self.num_heads, q, k, v, pe, mask, options, [txt.shape[1], q.shape[2]])
+
+    def _finish(self, s: str, x: Tensor, attn: Tensor, mod1: Mod, mod2: Mod, dims: Dims | None, compute: str) -> Tensor:
+        proj, mlp = getattr(self, f"{s}_attn").proj, getattr(self, f"{s}_mlp")
+        x = gated(x, proj(attn, compute), mod1.gate, dims)
+        h = F.gelu(mlp[0](modulated(x, mod2, dims), compute), approximate="tanh")
+        return gated(x, mlp[2](h, compute), mod2.gate, dims)
+
+    # -- fused path ---------------------------------------------------------------------------------------------------------------
+
+    def _fused_attention(self, img: Tensor, txt: Tensor, img_mod: Mod, txt_mod: Mod, pe: Tensor, compute: str, options: dict) -> Tensor:
+        n = txt.shape[1]
+        qkv = img.new_empty(img.shape[0], n + img.shape[1], self.txt_attn.qkv.out_features)
+        for stream, x, mod, at in ((self.txt_attn, txt, txt_mod, slice(0, n)), (self.img_attn, img, img_mod, slice(n, None))):
+            stream.qkv.run(x, compute, norm=_norm(x, mod), out=qkv[:, at])
+            norm = stream.norm
+            qk_norm_rope_(
+                qkv[:, at], norm.query_norm.scale_on(x.device), norm.key_norm.scale_on(x.device), pe[:, :, at], heads=self.num_heads, eps=EPS
+            )
+        return self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options)
+
+    def _fused_finish(self, s: str, x: Tensor, attn: Tensor, mod1: Mod, mod2: Mod, compute: str) -> Tensor:
+        proj, mlp = getattr(self, f"{s}_attn").proj, getattr(self, f"{s}_mlp")
+        x = proj.run(attn, compute, ending=_residual(x, mod1.gate))
+        h = mlp[0].run(x, compute, norm=_norm(x, mod2), ending=Ending(gelu_from=0))
+        return mlp[2].run(h, compute, ending=_residual(x, mod2.gate))
+
+
+class SingleBlock(nn.Module):
+    """Parallel attention and MLP over text and image tokens together."""
+
+    def __init__(self, leaf: Callable[[str], Linear], norm: Callable[[str], QKNorm], heads: int, runtime: Runtime):
+        super().__init__()
+        self.num_heads, self.runtime = heads, runtime
+        self.linear1, self.linear2 = leaf("linear1"), leaf("linear2")
+        self.norm = norm("norm")
+        self.modulation = Modulation(leaf("modulation.lin"))
+        self.mlp_act = nn.GELU(approximate="tanh")
+        self.hidden_size = self.linear1.in_features
+
+    def forward(
+        self,
+        x: Tensor,
+        vec: Tensor,
+        pe: Tensor,
+        attn_mask: Tensor | None = None,
+        modulation_dims: Dims | None = None,
+        transformer_options: dict | None = None,
+        **unknown: object,
+    ) -> Tensor:
+        """x [B, Lt + Li, D] (text first), vec [B, D], pe as in DoubleBlock -> [B, Lt + Li, D]. Unknown keywords are ignored."""
+        self.runtime.check_cancel()
+        options = transformer_options or {}
+        compute = compute_mode(options, x.device)
+        mod = self.modulation(vec)[0] if isinstance(vec, Tensor) else vec
+        inner = 3 * self.hidden_size
+        if looked_into(vec, pe, attn_mask, modulation_dims, options):
+            y = self.linear1(modulated(x, mod, modulation_dims), compute)
+            q, k, v = heads_first(y[..., :inner], self.num_heads)
+            attn = patched_attention(
+                self.runtime, self.num_heads, *self.norm(q, k, v), v, pe, attn_mask, options, options.get("img_slice")
+            )
+            h = torch.cat((attn, F.gelu(y[..., inner:], approximate="tanh")), 2)
+            return finite(gated(x, self.linear2(h, compute), mod.gate, modulation_dims))
+        y = self.linear1.run(x, compute, norm=_norm(x, mod), ending=Ending(gelu_from=inner))
+        query, key = self.norm.query_norm.scale_on(x.device), self.norm.key_norm.scale_on(x.device)
+        qk_norm_rope_(y[..., :inner], query, key, pe, heads=self.num_heads, eps=EPS)
+        attn = self.runtime.attend(*heads_first(y[..., :inner], self.num_heads), self.num_heads, None, options)
+        return finite(self.linear2.run([attn, y[..., inner:]], compute, ending=_residual(x, mod.gate)))
+
+
+# -- from a checkpoint ------------------------------------------------------------------------------------------------------------
+
+
+def build_blocks(
+    checkpoint: FluxCheckpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    runtime: Runtime | None = None,
+    norm_param: str = "scale",
+    target: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """All double and single blocks, re-packed and filled from the checkpoint.
+
+    dtype: compute type, of unquantised leaves and norms. device: where the parameters are left. target: the device that will compute: it decides
+    the code form of the packed layout, and re-packing runs there (seconds on a GPU). norm_param: name of the q/k norms' parameter.
+    progress(done, total) is called once a linear. Raises CheckpointError (see models/formats/checkpoint.py).
+    """
+    runtime = runtime or Runtime()
+    target = torch.device(target if target is not None else device)
+    linears = {h.name: h for h in checkpoint.host_linears()}
+    norms = {name: tensor for name, tensor in checkpoint.plain_tensors() if "_norm.scale" in name}
+    done = 0
+
+    def leaf(name: str) -> Linear:
+        nonlocal done
+        module = load_leaf(checkpoint, linears[name], dtype, device, target, runtime)
+        done += 1
+        if progress is not None:
+            progress(done, len(linears))
+        return module
+
+    def qk_norm(name: str) -> QKNorm:
+        return QKNorm(*(RMSNorm(norms[f"{name}.{k}_norm.scale"].to(device, torch.float32), norm_param, runtime) for k in ("query", "key")))
+
+    def stack(kind: type, prefix: str, depth: int) -> nn.ModuleList:
+        heads = checkpoint.config["num_heads"]
+        return nn.ModuleList(
+            [kind(lambda n, i=i: leaf(f"{prefix}.{i}.{n}"), lambda n, i=i: qk_norm(f"{prefix}.{i}.{n}"), heads, runtime) for i in range(depth)]
+        )
+
+    with torch.inference_mode(False), torch.no_grad():
+        config = checkpoint.config
+        return stack(DoubleBlock, "double_blocks", config["depth"]), stack(SingleBlock, "single_blocks", config["depth_single_blocks"])
+
+
+def load_leaf(checkpoint, linear, dtype: torch.dtype, device: torch.device | str, target: torch.device, runtime: Runtime) -> Linear:
+    """One host linear as a module: packed for `target`, parameters on `device`."""
+    layers = checkpoint.load_linear(linear, device=target)
+    bias = host_bias(linear, layers)
+    bias = None if bias is None else bias.to(device)
+    spec = layout.plan(linear.out_features, linear.in_features, layers, code_form(target))
+    blob = layout.pack(spec, [layer for layer, _, _ in layers])
+    return PackedLinear(spec, blob.to(device), bias, runtime)
+
+
+def host_bias(linear, layers: list) -> Tensor | None:
+    """The host linear's one bias [N] from its parts' (None where no part has one)."""
+    biases = [(layer.bias, row) for layer, row, _ in layers if layer.bias is not None]
+    if not biases:
+        return None
+    out = torch.zeros(linear.out_features, dtype=biases[0][0].dtype, device=biases[0][0].device)
+    for bias, row in biases:
+        n = min(bias.shape[0], linear.out_features - row)
+        out[row : row + n] += bias[:n]
+    return out
+
+
+# -- standalone -------------------------------------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0, time_factor: float = 1000.0) -> Tensor:
+    """Sinusoidal embedding [B, dim] of t [B] in 0..1, cosines first (Vaswani et al., arXiv 1706.03762, as FLUX uses it)."""
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    args = (time_factor * t.float())[:, None] * freqs
+    return torch.cat((args.cos(), args.sin()), -1)
+
+
+def rope_table(ids: Tensor, axes_dim: list[int], theta: float) -> Tensor:
+    """Position ids [B, L, axes] -> pe [B, 1, L, d/2, 2, 2] fp32 (RoPE, arXiv 2104.09864, one frequency band per axis)."""
+    tables = []
+    for i, dim in enumerate(axes_dim):
+        omega = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        angle = ids[..., i].double()[..., None] * omega
+        tables.append(torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), -1).unflatten(-1, (2, 2)))
+    return torch.cat(tables, -3).float().unsqueeze(1)
+
+
+class Embedder(nn.Module):
+    def __init__(self, in_dim: int, hidden: int, **kw: object):
+        super().__init__()
+        self.in_layer, self.out_layer = nn.Linear(in_dim, hidden, **kw), nn.Linear(hidden, hidden, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class LastLayer(nn.Module):
+    def __init__(self, hidden: int, out: int, **kw: object):
+        super().__init__()
+        self.linear = nn.Linear(hidden, out, **kw)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden, **kw))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, -1)
+        return self.linear(modulated(x, Mod(shift, scale, shift), None))
+
+
+class Flux(nn.Module):
+    """FLUX.1 without a host: for the demo, the quantiser and tests. The host shell swaps only this class; blocks and names are the same."""
+
+    def __init__(
+        self, checkpoint: FluxCheckpoint, dtype: torch.dtype, device: torch.device | str = "cpu", progress: Callable[[int, int], None] | None = None
+    ):
+        super().__init__()
+        c = self.config = checkpoint.config
+        self.dtype, hidden, kw = dtype, c["hidden_size"], {"dtype": dtype, "device": device}
+        patch = c.get("patch_size", 2) ** 2
+        self.img_in = nn.Linear(c["in_channels"] * patch, hidden, **kw)
+        self.time_in = Embedder(256, hidden, **kw)
+        self.vector_in = Embedder(c["vec_in_dim"], hidden, **kw)
+        self.guidance_in = Embedder(256, hidden, **kw) if c["guidance_embed"] else nn.Identity()
+        self.txt_in = nn.Linear(c["context_in_dim"], hidden, **kw)
+        self.final_layer = LastLayer(hidden, c["out_channels"] * patch, **kw)
+        outside = {k: v for k, v in checkpoint.plain_tensors() if not k.startswith(("double_blocks.", "single_blocks."))}
+        self.load_state_dict(outside)
+        self.double_blocks, self.single_blocks = build_blocks(checkpoint, dtype=dtype, device=device, progress=progress)
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, guidance: Tensor | None = None, transformer_options: dict | None = None
+    ) -> Tensor:
+        """Latent x [B, C, h, w] (h, w even), timestep [B], context [B, L, context_in_dim], y [B, vec_in_dim], guidance [B] -> velocity [B, C, h, w]."""
+        b, _, h, w = x.shape
+        p = self.config.get("patch_size", 2)
+        img = F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)  # channel-major patches, as the host's rearrange
+        rows, cols = torch.meshgrid(torch.arange(h // p, device=x.device), torch.arange(w // p, device=x.device), indexing="ij")
+        img_ids = torch.stack((torch.zeros_like(rows), rows, cols), -1).flatten(0, 1).float().expand(b, -1, -1)
+        ids = torch.cat((img_ids.new_zeros(b, context.shape[1], 3), img_ids), 1)
+        pe = rope_table(ids, self.config["axes_dim"], self.config["theta"])
+        vec = self.time_in(timestep_embedding(timestep).to(self.dtype)) + self.vector_in(y.to(self.dtype))
+        if self.config["guidance_embed"] and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance).to(self.dtype))
+        img, txt = self.img_in(img.to(self.dtype)), self.txt_in(context.to(self.dtype))
+        for block in self.double_blocks:
+            img, txt = block(img=img, txt=txt, vec=vec, pe=pe, transformer_options=transformer_options)
+        h_all = torch.cat((txt, finite(img)), 1)
+        for block in self.single_blocks:
+            h_all = block(h_all, vec=vec, pe=pe, transformer_options=transformer_options)
+        out = self.final_layer(h_all[:, txt.shape[1] :], vec)
+        return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (h // p, w // p)), p).to(x.dtype)
+
+

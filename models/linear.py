@@ -1,0 +1,234 @@
+"""The leaf modules of a 4-bit network: one per host linear, all packed storage in one uint8 parameter called `weight`.
+
+A host counts, moves, pins and streams parameters called `weight` and `bias` of modules that carry `comfy_cast_weights`; that is all it needs
+to know of these. Formula of a part: y = Q(x / smooth) @ W4^T + (x @ down^T) @ up^T + bias (SVDQuant, arXiv 2411.05007).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import layout
+from ..kernels.norm_modulate import Norm, norm_modulate
+from ..kernels.smooth_quantize import smooth_quantize
+from ..kernels.targets import resolve_compute
+from ..kernels.w4_matmul import w4_matmul
+from ..kernels.w4a16_linear import w4a16_linear
+from .runtime import Runtime
+
+COMPUTE_MODES = ("auto", "exact", "fast", "weight_only")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What follows a linear inside its kernel: GELU(tanh) from output row `gelu_from` on, or residual + gate * y.
+
+    gate: [B, N]; residual: [B, L, N]. Results equal the same steps done apart (the linear's result is rounded first).
+    """
+
+    gelu_from: int | None = None
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+
+
+def apply_ending(y: Tensor, ending: Ending) -> Tensor:
+    """`ending` in torch on y [B, L, N]: the same rounding points as the kernel's."""
+    if ending.gelu_from is not None:
+        y = torch.cat((y[..., : ending.gelu_from], F.gelu(y[..., ending.gelu_from :], approximate="tanh")), -1)
+    if ending.gate is not None:
+        y = torch.addcmul(ending.residual, y, ending.gate.unsqueeze(1))
+    return y
+
+
+class Leaf(nn.Module):
+    """What the host expects of a module whose weight it may keep elsewhere: these attributes, and `weight` and `bias`."""
+
+    comfy_cast_weights = False  # the host sets True on an instance it leaves offloaded
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self.runtime = runtime
+        self.weight_function: list = []
+        self.bias_function: list = []
+
+
+def parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+class PlainLinear(Leaf):
+    """A linear that a file left in 16 bit, with the calling form of PackedLinear. weight [N, K], bias [N] or None."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, runtime: Runtime):
+        super().__init__(runtime)
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = parameter(weight), parameter(bias)
+
+    def forward(self, x: Tensor, compute: str | None = None) -> Tensor:
+        with self.runtime.acquire(self, x.device) as (weight, bias):
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def run(
+        self, x: Tensor | Sequence[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """As PackedLinear.run."""
+        x = normalised(x, norm)
+        y = self(x)
+        y = y if ending is None else apply_ending(y, ending)
+        return y if out is None else out.copy_(y)
+
+
+def normalised(x: Tensor | Sequence[Tensor], norm: Norm | None) -> Tensor:
+    """The linear's input as one tensor: parts joined along K, norm and modulation applied."""
+    x = x if isinstance(x, Tensor) else torch.cat(tuple(x), -1)
+    return x if norm is None else norm_modulate(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
+
+
+class PackedLinear(Leaf):
+    """A host linear in 4 bit.
+
+    `weight`: uint8 [spec.nbytes], the packed layout of kernels/layout.py. `bias`: [N] in the file's type (fp32 for modulation layers), so that
+    a bf16 file in float16 compute loses nothing.
+    """
+
+    def __init__(self, spec: layout.PackSpec, weight: Tensor, bias: Tensor | None, runtime: Runtime):
+        super().__init__(runtime)
+        self.spec = spec
+        self.out_features, self.in_features = spec.out_features, spec.in_features
+        self.weight, self.bias = parameter(weight), parameter(bias)
+        self._side: Side | None = None
+
+    # -- side branches (LoRA) ---------------------------------------------------------------------------------------------------
+
+    def set_side(self, down: Tensor | None = None, up: Tensor | None = None, delta: Tensor | None = None) -> None:
+        """Replaces what is added to the 4-bit weight: up [N, r] @ down [r, K] and a dense delta [N, K], each or both; none removes it."""
+        self._side = None if down is None and delta is None else Side(down, up, delta)
+
+    def side_nbytes(self) -> int:
+        """Bytes the side branch holds, for the host's memory accounting."""
+        return 0 if self._side is None else self._side.nbytes()
+
+    # -- forward ----------------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, compute: str | None = None) -> Tensor:
+        """x [..., K] -> [..., N] in x's type. compute: "exact", "fast", "weight_only"; None: what `auto` means on x's device."""
+        shape = x.shape
+        y = self.run(x.reshape(1, -1, shape[-1]), compute or resolve_compute("auto", x.device))
+        return y.view(*shape[:-1], self.out_features)
+
+    def run(
+        self, x: Tensor | Sequence[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """The linear with its neighbours fused.
+
+        x: [B, L, K], or one [B, L, K_i] per part of a linear split along K. norm: LayerNorm and modulation of x before it.
+        out: [B, L, N] to write to (any strides but a contiguous last dimension), else a new tensor. Returns [B, L, N] in x's type.
+        """
+        device = (x if isinstance(x, Tensor) else x[0]).device
+        with self.runtime.acquire(self, device) as (blob, bias):
+            parts = layout.views(self.spec, blob)
+            if self.is_modulation or compute == "weight_only" or self._side is not None:
+                y = self._unfused(normalised(x, norm), parts, blob, bias, compute)
+                y = y if ending is None else apply_ending(y, ending)
+                return y if out is None else out.copy_(y)
+            return self._fused(self._split(x), parts, bias, compute, norm, ending or Ending(), out)
+
+    @property
+    def is_modulation(self) -> bool:
+        return self.spec.parts[0].precision == "w4a16"
+
+    def _split(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """One input per part."""
+        return [x[..., p.col_offset : p.col_offset + p.k] for p in self.spec.parts] if isinstance(x, Tensor) else list(x)
+
+    def _fused(
+        self, xs: list[Tensor], parts: list[layout.PartView], bias: Tensor | None, compute: str, norm: Norm | None, ending: Ending, out: Tensor | None
+    ) -> Tensor:
+        batch, length = xs[0].shape[:2]
+        rows = batch * length
+        direct = out is not None and batch == 1
+        y = out[0] if direct else xs[0].new_empty(rows, self.out_features)
+        residual = None if ending.residual is None else ending.residual.reshape(rows, -1)
+        for i, (x, part) in enumerate(zip(xs, parts, strict=True)):
+            first, n = part.spec.row_offset, part.spec.n
+            same_rows = [p.row_offset == first for p in self.spec.parts]
+            last = not any(same_rows[i + 1 :])
+            q = smooth_quantize(x.reshape(rows, -1), part, compute, norm)
+            w4_matmul(
+                q,
+                part,
+                bias[first : first + n] if last and bias is not None else None,
+                y[:, first : first + n],
+                accumulate=any(same_rows[:i]),
+                gelu_from=None if ending.gelu_from is None or not last else max(ending.gelu_from - first, 0),
+                gate=ending.gate[:, first : first + n] if last and ending.gate is not None else None,
+                residual=residual[:, first : first + n] if last and residual is not None else None,
+                rows_per_batch=length,
+            )
+        if direct:
+            return out
+        y = y.view(batch, length, self.out_features)
+        return y if out is None else out.copy_(y)
+
+    def _unfused(self, x: Tensor, parts: list[layout.PartView], blob: Tensor, bias: Tensor | None, compute: str) -> Tensor:
+        """x [B, L, K] -> [B, L, N]: modulation layers, weight_only, and whatever has a side branch."""
+        if self.is_modulation:
+            y = w4a16_linear(x.reshape(-1, self.in_features), parts[0], bias).view(*x.shape[:-1], self.out_features)
+        elif compute == "weight_only":
+            weight, dense_bias = self._dense(blob, bias)
+            y = F.linear(x, weight.to(x.dtype), None if dense_bias is None else dense_bias.to(x.dtype))
+        else:
+            y = self._fused(self._split(x), parts, bias, compute, None, Ending(), None)
+        return y if self._side is None else self._side.add(y, x)
+
+    # -- dense forms ------------------------------------------------------------------------------------------------------------
+
+    def _dense(self, blob: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """fp32 weight [N, K] of the packed bytes, and the bias that belongs to unshifted activations."""
+        weight = torch.zeros(self.out_features, self.in_features, device=blob.device)
+        bias = None if bias is None else bias.float()
+        for part, layer in zip(self.spec.parts, layout.unpack(self.spec, blob), strict=True):
+            rows, cols = slice(part.row_offset, part.row_offset + part.n), slice(part.col_offset, part.col_offset + part.k)
+            weight[rows, cols] = layout.dense_weight(layer)
+            if part.act_unsigned and bias is not None:
+                bias = bias.clone()
+                bias[rows] += layout.shift_bias(layer)
+        return weight, bias
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
+        """The host's hook for reading a packed weight: bytes (the host may have cast them to a float type, which is exact) -> dense fp32 [N, K]."""
+        return self._dense(weight.to(torch.uint8), None)[0]
+
+    def set_weight(self, weight: Tensor, *args: object, **kwargs: object) -> None:
+        """The host's hook for writing a merged weight back: refused, since nothing is re-quantised behind the user's back."""
+        raise RuntimeError(
+            "A 4-bit weight cannot be overwritten by a dense one. LoRA and merge patches are applied beside it by the model's own patcher: "
+            "use the MODEL that the loader returned, or merge into the dense file that `python -m tonfa dequantize` writes."
+        )
+
+
+@dataclass
+class Side:
+    """What LoRA adds to a packed linear: (x @ down^T) @ up^T + x @ delta^T. down [r, K], up [N, r], delta [N, K], in any float type."""
+
+    down: Tensor | None
+    up: Tensor | None
+    delta: Tensor | None
+
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.down, self.up, self.delta) if t is not None)
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [..., N] + the branch on x [..., K], summed in fp32 and rounded once to y's type."""
+        self.down, self.up, self.delta = (None if t is None else t.to(x.device) for t in (self.down, self.up, self.delta))
+        total = y.float()
+        if self.down is not None:
+            total = total + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype)).float()
+        if self.delta is not None:
+            total = total + F.linear(x, self.delta.to(x.dtype)).float()
+        return total.to(y.dtype)

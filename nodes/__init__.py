@@ -1,0 +1,55 @@
+"""The node maps. Each family is imported under its own guard: one that fails keeps its keys and says why when it is run."""
+
+from __future__ import annotations
+
+import importlib
+
+# module -> {key: (attribute, title, output types)}: what a saved graph needs even when the module cannot be imported.
+FAMILIES: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
+    "flux": {
+        "NunchakuFluxDiTLoader": ("NunchakuFluxDiTLoader", "Nunchaku FLUX DiT Loader", ("MODEL",)),
+        "SVDQuantFluxDiTLoader": ("SVDQuantFluxDiTLoader", "SVDQuant FLUX DiT Loader (old name)", ("MODEL",)),
+    },
+}
+MEND = (
+    "Update ComfyUI-Tonfa and ComfyUI, restart, and if it stays, run `python custom_nodes/ComfyUI-Tonfa doctor` with ComfyUI's Python: "
+    "it names what is missing."
+)
+
+
+def placeholder(title: str, output_types: tuple[str, ...], reason: str) -> type:
+    """A node class that opens in graphs under its old key and raises `reason` when it is run."""
+
+    def fail(self: object, **_: object) -> None:
+        raise RuntimeError(reason)
+
+    members = {
+        "TITLE": title,
+        "CATEGORY": "Nunchaku",
+        "DESCRIPTION": reason,
+        "RETURN_TYPES": output_types,
+        "FUNCTION": "fail",
+        "INPUT_TYPES": classmethod(lambda cls: {"required": {}}),
+        "fail": fail,
+    }
+    return type("UnavailableNode", (), members)
+
+
+def load_family(module: str, package: str = __name__) -> tuple[dict[str, type], dict[str, str]]:
+    """(class map, title map) of one family; placeholders for all its keys if importing it raises anything at all."""
+    keys = FAMILIES[module]
+    titles = {key: title for key, (_, title, _) in keys.items()}
+    try:
+        imported = importlib.import_module(f"{package}.{module}")
+        return {key: getattr(imported, attribute) for key, (attribute, _, _) in keys.items()}, titles
+    except Exception as error:
+        reason = f"This node of ComfyUI-Tonfa could not be loaded: {type(error).__name__}: {error}. {MEND}"
+        return {key: placeholder(title, outputs, reason) for key, (_, title, outputs) in keys.items()}, titles
+
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {}
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
+for _family in FAMILIES:
+    _classes, _titles = load_family(_family)
+    NODE_CLASS_MAPPINGS.update(_classes)
+    NODE_DISPLAY_NAME_MAPPINGS.update(_titles)
