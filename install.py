@@ -1,7 +1,7 @@
 """Run by ComfyUI-Manager after `pip install -r requirements.txt`. Says in one line what was found, and never fails an install.
 
-On Linux nothing is installed: torch brings its own Triton (ROCm and XPU builds too). On Windows it does not, so the `triton-windows` that belongs
-to the torch found is installed. Without any Triton the pack still works, on slower torch code.
+On Linux nothing is installed: torch brings its own Triton (ROCm and XPU builds too). On Windows it does not, so the `triton-windows` that
+belongs to the torch found is installed. Without any Triton the pack still works, on slower torch code.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def is_comfyui(folder: Path) -> bool:
 
 
 def find_comfyui(pack: Path = PACK) -> Path | None:
-    """COMFYUI_PATH, else two levels up when the pack sits in custom_nodes/, else ~/comfy/ComfyUI (comfy-cli's place); None if none is there.
+    """COMFYUI_PATH, else two levels up when the pack sits in custom_nodes/, else ~/comfy/ComfyUI (comfy-cli's place), else None.
 
     Raises FileNotFoundError when COMFYUI_PATH is set and is no ComfyUI: what somebody asked for is not passed over in silence.
     """

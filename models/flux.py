@@ -8,6 +8,7 @@ per-token modulation does. Rounding points are the same in both: norm and modula
 from __future__ import annotations
 
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..kernels import layout
 from ..kernels.norm_modulate import Norm, norm_modulate
 from ..kernels.qk_norm_rope import qk_norm_rope_
 from ..kernels.targets import code_form, resolve_compute
-from .formats.checkpoint import FluxCheckpoint
+from .formats.checkpoint import FluxCheckpoint, HostLinear
 from .linear import Ending, Leaf, PackedLinear, PlainLinear, parameter
 from .runtime import Runtime
 
@@ -59,7 +60,7 @@ class RMSNorm(Leaf):
         super().__init__(runtime)
         self._name = name
         self.weight = self.bias = None  # hosts since 2025-12 read both on every module that may be offloaded
-        self.register_parameter(name, parameter(scale))
+        setattr(self, name, parameter(scale))  # takes the place of the None when the name is `weight`
 
     def scale_on(self, device: torch.device) -> Tensor:
         # Small enough to copy wherever it is needed; only `weight` and `bias` would be streamed by a host.
@@ -91,7 +92,9 @@ def modulated(x: Tensor, mod: Mod, dims: Dims | None) -> Tensor:
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
     out = torch.empty_like(x)
     for start, end, row in dims:
-        out[:, start:end] = (normed[:, start:end] * (1 + mod.scale[:, row : row + 1].float()) + mod.shift[:, row : row + 1].float()).to(x.dtype)
+        out[:, start:end] = (normed[:, start:end] * (1 + mod.scale[:, row : row + 1].float()) + mod.shift[:, row : row + 1].float()).to(
+            x.dtype
+        )
     return out
 
 
@@ -142,7 +145,15 @@ def looked_into(vec: object, pe: Tensor | None, mask: Tensor | None, dims: objec
 
 
 def patched_attention(
-    runtime: Runtime, heads: int, q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, options: dict, img_slice: list[int] | None
+    runtime: Runtime,
+    heads: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pe: Tensor | None,
+    mask: Tensor | None,
+    options: dict,
+    img_slice: list[int] | None,
 ) -> Tensor:
     """Attention with the host's attn1 patches around it: before RoPE (`attn1_patch`) and on the result (`attn1_output_patch`)."""
     patches = options.get("patches", {})
@@ -205,9 +216,6 @@ class DoubleBlock(nn.Module):
             txt = self._fused_finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, compute)
         return img, finite(txt)
 
-    def _streams(self, img: object, txt: object) -> tuple[tuple[SelfAttention, object], ...]:
-        return (self.txt_attn, txt), (self.img_attn, img)
-
     # -- plain path ---------------------------------------------------------------------------------------------------------------
 
     def _attention(
@@ -245,7 +253,12 @@ class DoubleBlock(nn.Module):
             stream.qkv.run(x, compute, norm=_norm(x, mod), out=qkv[:, at])
             norm = stream.norm
             qk_norm_rope_(
-                qkv[:, at], norm.query_norm.scale_on(x.device), norm.key_norm.scale_on(x.device), pe[:, :, at], heads=self.num_heads, eps=EPS
+                qkv[:, at],
+                norm.query_norm.scale_on(x.device),
+                norm.key_norm.scale_on(x.device),
+                pe[:, :, at],
+                heads=self.num_heads,
+                eps=EPS,
             )
         return self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options)
 
@@ -287,9 +300,7 @@ class SingleBlock(nn.Module):
         if looked_into(vec, pe, attn_mask, modulation_dims, options):
             y = self.linear1(modulated(x, mod, modulation_dims), compute)
             q, k, v = heads_first(y[..., :inner], self.num_heads)
-            attn = patched_attention(
-                self.runtime, self.num_heads, *self.norm(q, k, v), v, pe, attn_mask, options, options.get("img_slice")
-            )
+            attn = patched_attention(self.runtime, self.num_heads, *self.norm(q, k, v), v, pe, attn_mask, options, options.get("img_slice"))
             h = torch.cat((attn, F.gelu(y[..., inner:], approximate="tanh")), 2)
             return finite(gated(x, self.linear2(h, compute), mod.gate, modulation_dims))
         y = self.linear1.run(x, compute, norm=_norm(x, mod), ending=Ending(gelu_from=inner))
@@ -321,24 +332,32 @@ def build_blocks(
     runtime = runtime or Runtime()
     target = torch.device(target if target is not None else device)
     linears = {h.name: h for h in checkpoint.host_linears()}
-    norms = {name: tensor for name, tensor in checkpoint.plain_tensors() if "_norm.scale" in name}
+    plain = {name: t for name, t in checkpoint.plain_tensors() if name.startswith(("double_blocks.", "single_blocks."))}
     done = 0
 
     def leaf(name: str) -> Linear:
         nonlocal done
-        module = load_leaf(checkpoint, linears[name], dtype, device, target, runtime)
+        if linears[name].kind == "plain":
+            weight, bias = (plain[f"{name}.{p}"].to(device, dtype, copy=True) for p in ("weight", "bias"))
+            module = PlainLinear(weight, bias, runtime)
+        else:
+            module = load_packed(checkpoint, linears[name], device, target, runtime)
         done += 1
         if progress is not None:
             progress(done, len(linears))
         return module
 
     def qk_norm(name: str) -> QKNorm:
-        return QKNorm(*(RMSNorm(norms[f"{name}.{k}_norm.scale"].to(device, torch.float32), norm_param, runtime) for k in ("query", "key")))
+        scales = (plain[f"{name}.{k}_norm.scale"].to(device, torch.float32, copy=True) for k in ("query", "key"))
+        return QKNorm(*(RMSNorm(scale, norm_param, runtime) for scale in scales))
 
     def stack(kind: type, prefix: str, depth: int) -> nn.ModuleList:
         heads = checkpoint.config["num_heads"]
         return nn.ModuleList(
-            [kind(lambda n, i=i: leaf(f"{prefix}.{i}.{n}"), lambda n, i=i: qk_norm(f"{prefix}.{i}.{n}"), heads, runtime) for i in range(depth)]
+            [
+                kind(lambda n, i=i: leaf(f"{prefix}.{i}.{n}"), lambda n, i=i: qk_norm(f"{prefix}.{i}.{n}"), heads, runtime)
+                for i in range(depth)
+            ]
         )
 
     with torch.inference_mode(False), torch.no_grad():
@@ -346,25 +365,26 @@ def build_blocks(
         return stack(DoubleBlock, "double_blocks", config["depth"]), stack(SingleBlock, "single_blocks", config["depth_single_blocks"])
 
 
-def load_leaf(checkpoint, linear, dtype: torch.dtype, device: torch.device | str, target: torch.device, runtime: Runtime) -> Linear:
-    """One host linear as a module: packed for `target`, parameters on `device`."""
+def load_packed(
+    checkpoint: FluxCheckpoint, linear: HostLinear, device: torch.device | str, target: torch.device, runtime: Runtime
+) -> PackedLinear:
+    """One quantised host linear as a module: packed on and for `target`, parameters left on `device`."""
     layers = checkpoint.load_linear(linear, device=target)
     bias = host_bias(linear, layers)
-    bias = None if bias is None else bias.to(device)
     spec = layout.plan(linear.out_features, linear.in_features, layers, code_form(target))
     blob = layout.pack(spec, [layer for layer, _, _ in layers])
-    return PackedLinear(spec, blob.to(device), bias, runtime)
+    return PackedLinear(spec, blob.to(device), None if bias is None else bias.to(device), runtime)
 
 
-def host_bias(linear, layers: list) -> Tensor | None:
+def host_bias(linear: HostLinear, layers: list[tuple[layout.LogicalLinear, int, int]]) -> Tensor | None:
     """The host linear's one bias [N] from its parts' (None where no part has one)."""
     biases = [(layer.bias, row) for layer, row, _ in layers if layer.bias is not None]
     if not biases:
         return None
-    out = torch.zeros(linear.out_features, dtype=biases[0][0].dtype, device=biases[0][0].device)
+    dtype = functools.reduce(torch.promote_types, (b.dtype for b, _ in biases))
+    out = torch.zeros(linear.out_features, dtype=dtype, device=biases[0][0].device)
     for bias, row in biases:
-        n = min(bias.shape[0], linear.out_features - row)
-        out[row : row + n] += bias[:n]
+        out[row : row + bias.shape[0]] += bias
     return out
 
 
@@ -412,7 +432,11 @@ class Flux(nn.Module):
     """FLUX.1 without a host: for the demo, the quantiser and tests. The host shell swaps only this class; blocks and names are the same."""
 
     def __init__(
-        self, checkpoint: FluxCheckpoint, dtype: torch.dtype, device: torch.device | str = "cpu", progress: Callable[[int, int], None] | None = None
+        self,
+        checkpoint: FluxCheckpoint,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int, int], None] | None = None,
     ):
         super().__init__()
         c = self.config = checkpoint.config
@@ -429,7 +453,13 @@ class Flux(nn.Module):
         self.double_blocks, self.single_blocks = build_blocks(checkpoint, dtype=dtype, device=device, progress=progress)
 
     def forward(
-        self, x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, guidance: Tensor | None = None, transformer_options: dict | None = None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        transformer_options: dict | None = None,
     ) -> Tensor:
         """Latent x [B, C, h, w] (h, w even), timestep [B], context [B, L, context_in_dim], y [B, vec_in_dim], guidance [B] -> velocity [B, C, h, w]."""
         b, _, h, w = x.shape
@@ -450,5 +480,3 @@ class Flux(nn.Module):
             h_all = block(h_all, vec=vec, pe=pe, transformer_options=transformer_options)
         out = self.final_layer(h_all[:, txt.shape[1] :], vec)
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (h // p, w // p)), p).to(x.dtype)
-
-

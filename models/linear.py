@@ -147,7 +147,14 @@ class PackedLinear(Leaf):
         return [x[..., p.col_offset : p.col_offset + p.k] for p in self.spec.parts] if isinstance(x, Tensor) else list(x)
 
     def _fused(
-        self, xs: list[Tensor], parts: list[layout.PartView], bias: Tensor | None, compute: str, norm: Norm | None, ending: Ending, out: Tensor | None
+        self,
+        xs: list[Tensor],
+        parts: list[layout.PartView],
+        bias: Tensor | None,
+        compute: str,
+        norm: Norm | None,
+        ending: Ending,
+        out: Tensor | None,
     ) -> Tensor:
         batch, length = xs[0].shape[:2]
         rows = batch * length
@@ -199,6 +206,10 @@ class PackedLinear(Leaf):
                 bias = bias.clone()
                 bias[rows] += layout.shift_bias(layer)
         return weight, bias
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """The 16-bit linear that the resident storage stands for: fp32 weight [N, K] and bias [N]; side branches are left out."""
+        return self._dense(self.weight, self.bias)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
         """The host's hook for reading a packed weight: bytes (the host may have cast them to a float type, which is exact) -> dense fp32 [N, K]."""

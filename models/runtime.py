@@ -30,7 +30,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = No
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, pe: Tensor | None = None, mask: Tensor | None = None, transformer_options: dict | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    pe: Tensor | None = None,
+    mask: Tensor | None = None,
+    transformer_options: dict | None = None,
 ) -> Tensor:
     """As `attend`, for q and k before RoPE."""
     if pe is not None:

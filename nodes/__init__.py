@@ -42,7 +42,7 @@ def load_family(module: str, package: str = __name__) -> tuple[dict[str, type], 
     try:
         imported = importlib.import_module(f"{package}.{module}")
         return {key: getattr(imported, attribute) for key, (attribute, _, _) in keys.items()}, titles
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"This node of ComfyUI-Tonfa could not be loaded: {type(error).__name__}: {error}. {MEND}"
         return {key: placeholder(title, outputs, reason) for key, (_, title, outputs) in keys.items()}, titles
 

@@ -63,7 +63,7 @@ def create_venv(venv: Path, system_packages: bool) -> Path:
 
 
 def build(venv: Path) -> None:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (this script is what says so)
         raise SystemExit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}. Choose one with: make PYTHON=python3.12 ...")
     torch = recent_torch(sys.executable)
     in_venv = sys.prefix != sys.base_prefix

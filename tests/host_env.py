@@ -18,7 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from env import ROOT, create_venv, pip, recent_torch, share_packages, site_packages, venv_python, version_in  # noqa: E402
-
 from tonfa.models.comfyui import comfyui_version, find_comfyui  # noqa: E402
 
 SHIM = ROOT / "tests" / "host" / "shim"
@@ -67,7 +66,9 @@ def build(host: Path) -> Path:
     """The python of the host's environment, built if it is not there or the requirements have changed."""
     venv = ROOT / f".venv-host-{comfyui_version(host)}"
     python = venv_python(venv)
-    wanted = hashlib.sha256("\n".join([sys.executable, str(version_in(sys.executable, "torch")), *host_requirements(host)]).encode()).hexdigest()
+    wanted = hashlib.sha256(
+        "\n".join([sys.executable, str(version_in(sys.executable, "torch")), *host_requirements(host)]).encode()
+    ).hexdigest()
     stamp = venv / ".tonfa-ready"
     if python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python

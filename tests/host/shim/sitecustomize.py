@@ -1,7 +1,8 @@
 """On PYTHONPATH in host tests only: lets torchvision's Python half be imported beside a torch for which its native library is not built.
 
-ComfyUI imports torchvision whatever it is used for. A package index gives the CUDA build, which cannot load beside a CPU torch; its Python half then
-fails because two operators have no schema. So, just before torchvision is imported, and only if its library does not load, the two are declared.
+ComfyUI imports torchvision whatever it is used for. A package index gives the CUDA build, which cannot load beside a CPU torch; its
+Python half then fails because two operators have no schema. So, just before torchvision is imported, and only if its library does not
+load, the two are declared.
 """
 
 import importlib.abc

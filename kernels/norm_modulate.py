@@ -1,0 +1,48 @@
+"""LayerNorm without parameters, then modulation: m = LN(x) * (1 + scale) + shift, in fp32, rounded once.
+
+This is the plain path; on the fused path the same arithmetic is the prologue of smooth_quantize.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Norm:
+    """What precedes a quantised linear: row m of x is normalised, then modulated by row m // rows_per_batch of shift and scale [B, K]."""
+
+    shift: Tensor
+    scale: Tensor
+    rows_per_batch: int
+    eps: float = 1e-6
+
+
+def round_to(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 -> dtype, to nearest even; fp16 saturates at its largest number, because an infinity would spoil the whole group's scale."""
+    if dtype == torch.float16:
+        value = value.clamp(-65504.0, 65504.0)
+    return value.to(dtype)
+
+
+def batch_rows(values: Tensor, rows: int, rows_per_batch: int) -> Tensor:
+    """fp32 view-like [rows, K] of per-batch values [B, K]: row m is values[m // rows_per_batch]."""
+    values = values.float()
+    if values.shape[0] == 1 or rows <= rows_per_batch:
+        return values[:1]  # broadcasts
+    return values.repeat_interleave(rows_per_batch, dim=0)[:rows]
+
+
+def norm_modulate(x: Tensor, norm: Norm) -> Tensor:
+    """x [M, K] of any strides, bf16, fp16 or fp32 -> [M, K] of the same type. Biased variance, eps inside the root."""
+    v = x.float()
+    centred = v - v.mean(dim=1, keepdim=True)
+    variance = centred.square().mean(dim=1, keepdim=True)
+    normed = centred * torch.rsqrt(variance + norm.eps)
+    rows = x.shape[0]
+    scale = batch_rows(norm.scale, rows, norm.rows_per_batch)
+    shift = batch_rows(norm.shift, rows, norm.rows_per_batch)
+    return round_to(normed * (1.0 + scale) + shift, x.dtype)

@@ -1,0 +1,114 @@
+"""Oracle of smooth_quantize: what a quantised linear does to its input, in plain torch.
+
+    m = LN(x)*(1+scale)+shift  (with a norm)          rounded to the compute type (x.dtype)
+    h = m @ down                                      fp32: the low-rank branch sees m, not divided, not shifted, not quantised
+    v = (m [+ SHIFT]) / smooth                        true division, rounded to the compute type; SHIFT for unsigned layers in exact only
+    codes, scales of v by precision and mode:
+
+    precision  mode   kind    codes                                              scales
+    int4       exact  "int4"  rne(v/s) in -8..7 (unsigned 0..15)                 s = amax/7 (/15), a group of 64: fp32 [Kp/64, M]
+    int4       fast   "e4m3"  e4m3(v/s), code form e4m3                          s = amax/448 of the row: fp32 [M]
+    int4       fast   "int8"  rne(v/s) in -127..127, code form int8              s = amax/127, a group of 64: fp32 [Kp/64, M]
+    nvfp4      exact  "plain" e2m1(v/s) * e4m3(s), s = min(amax/6, 448), 16s     none: the product is exact in the compute type
+    nvfp4      fast   "plain" v                                                  none
+
+Codes are [M, Kp] (K padded to 128 with zeros). "int4" codes are int8 values in code form int8, bytes s000mmmm in code form e4m3.
+A group or row of zeros has scale 0 and codes 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layout import SHIFT, PartView
+from .norm_modulate import Norm, norm_modulate, round_to
+
+
+@dataclass(eq=False)
+class QuantizedInput:
+    """A quantised activation; kinds and shapes are in this file's docstring. dtype is the compute type the linear's output takes."""
+
+    kind: str
+    codes: Tensor
+    scales: Tensor | None
+    lowrank: Tensor | None
+    dtype: torch.dtype
+
+
+def check_input(x: Tensor, part: PartView, mode: str, norm: Norm | None) -> None:
+    """Raises ValueError when x, the mode or the norm do not fit the part."""
+    spec = part.spec
+    if spec.precision == "w4a16":
+        raise ValueError("this is a w4a16 layer: its input is not quantised, use w4a16_linear")
+    if mode not in ("exact", "fast"):
+        raise ValueError(f"mode is {mode!r}, expected 'exact' or 'fast'")
+    if x.ndim != 2 or x.shape[1] != spec.k:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [M, {spec.k}]")
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x is {x.dtype}, expected bfloat16, float16 or float32")
+    if norm is not None:
+        batches = -(-x.shape[0] // norm.rows_per_batch)
+        for name, tensor in (("shift", norm.shift), ("scale", norm.scale)):
+            if tensor.ndim != 2 or tensor.shape[1] != spec.k or tensor.shape[0] < batches:
+                raise ValueError(f"norm.{name} has shape {list(tensor.shape)}, expected [{batches}, {spec.k}]")
+
+
+def divide(a: Tensor, b: float) -> Tensor:
+    """IEEE a / b. On CUDA torch turns a division by a Python number into a product with its reciprocal."""
+    return a / torch.full((), b, dtype=a.dtype, device=a.device)
+
+
+def e2m1_round(v: Tensor) -> Tensor:
+    """Nearest e2m1 number (0, .5, 1, 1.5, 2, 3, 4, 6 and negatives), ties to the even code, saturating."""
+    u = v.abs()
+    coarse = torch.where(u < 4, torch.round(u), 2 * torch.round(u / 2))
+    return torch.copysign(torch.where(u < 2, torch.round(2 * u) / 2, coarse).clamp(max=6.0), v)
+
+
+def _scaled(v: Tensor, amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    scale = divide(amax, largest)
+    return scale, torch.where(scale > 0, v / torch.where(scale > 0, scale, 1.0), 0.0)
+
+
+def _group_codes(v: Tensor, largest: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+    groups = v.view(v.shape[0], -1, 64)
+    scale, ratio = _scaled(groups, groups.abs().amax(dim=2, keepdim=True), float(largest))
+    codes = torch.round(ratio).clamp(low, high).to(torch.int8).view(v.shape)
+    return codes, scale[:, :, 0].t().contiguous()
+
+
+def _nvfp4_values(v: Tensor) -> Tensor:
+    groups = v.view(v.shape[0], -1, 16)
+    scale = divide(groups.abs().amax(dim=2, keepdim=True), 6.0).clamp(max=448.0)
+    ratio = torch.where(scale > 0, groups / torch.where(scale > 0, scale, 1.0), 0.0)
+    return (e2m1_round(ratio) * scale.to(torch.float8_e4m3fn).float()).view(v.shape)
+
+
+def smooth_quantize_torch(x: Tensor, part: PartView, mode: str, norm: Norm | None = None) -> QuantizedInput:
+    """x [M, K] (any strides) -> QuantizedInput for `part`. Raises ValueError as `check_input`."""
+    check_input(x, part, mode, norm)
+    spec, dtype = part.spec, x.dtype
+    m = x if norm is None else norm_modulate(x, norm)
+    lowrank = None if part.down is None else m.float() @ part.down[: spec.k].float()
+    shifted = spec.act_unsigned and mode == "exact"
+    v = m.float() + SHIFT if shifted else m.float()
+    v = round_to(v / part.smooth[: spec.k], dtype).float()
+    if spec.k != spec.k_padded:
+        v = F.pad(v, (0, spec.k_padded - spec.k))
+    if spec.precision == "nvfp4":
+        codes = (_nvfp4_values(v) if mode == "exact" else v).to(dtype)
+        return QuantizedInput("plain", codes, None, lowrank, dtype)
+    if mode == "exact":
+        codes, scales = _group_codes(v, 15, 0, 15) if shifted else _group_codes(v, 7, -8, 7)
+        if spec.code_form == "e4m3":
+            codes = torch.where(codes < 0, (-codes.short() + 128), codes.short()).to(torch.uint8)
+        return QuantizedInput("int4", codes, scales, lowrank, dtype)
+    if spec.code_form == "int8":
+        codes, scales = _group_codes(v, 127, -127, 127)
+        return QuantizedInput("int8", codes, scales, lowrank, dtype)
+    scales, ratio = _scaled(v, v.abs().amax(dim=1, keepdim=True), 448.0)
+    return QuantizedInput("e4m3", ratio.to(torch.float8_e4m3fn).view(torch.uint8), scales[:, 0].contiguous(), lowrank, dtype)

@@ -1,0 +1,40 @@
+"""w4_matmul: 4-bit product + low-rank up + bias + ending, in one kernel. Formulas in w4_matmul_torch.py, kernel in w4_matmul_triton.py."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .layout import PartView
+from .smooth_quantize_torch import QuantizedInput
+from .targets import triton_reason
+from .w4_matmul_torch import check_operands, w4_matmul_torch
+
+
+def w4_matmul(
+    q: QuantizedInput,
+    part: PartView,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    accumulate: bool = False,
+    gelu_from: int | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    rows_per_batch: int = 1 << 30,
+) -> Tensor:
+    """Writes y [M, N] of a quantised linear into `out` and returns it.
+
+    out           [M, N] of any strides, also a slice of a wider tensor; may be `residual` itself
+    bias          [N] of any float type
+    accumulate    add out's old value before the rounding
+    gelu_from     outputs n >= gelu_from end in gelu_tanh
+    gate          [B, N] with residual [M, N]: y = residual + gate[m // rows_per_batch] * y
+    Raises ValueError when the operands do not fit the part.
+    """
+    options = {"accumulate": accumulate, "gelu_from": gelu_from, "gate": gate, "residual": residual, "rows_per_batch": rows_per_batch}
+    if triton_reason(out.device) is not None:
+        return w4_matmul_torch(q, part, bias, out, **options)
+    from .w4_matmul_triton import w4_matmul_triton
+
+    check_operands(q, part, out, gate, residual, rows_per_batch)
+    return w4_matmul_triton(q, part, bias, out, **options)

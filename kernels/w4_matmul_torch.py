@@ -1,0 +1,109 @@
+"""Oracle of w4_matmul: the 4-bit product, the low-rank branch, the bias and the ending, in plain torch.
+
+    y = (codes*scales) @ (W4 codes*scales)^T * channel_scale + lowrank @ up^T + bias [+ shift_bias] [+ out's old value]     in fp32
+    y = round(y)                                            the one rounding to out.dtype
+    y = round(gelu_tanh(y))     for outputs n >= gelu_from
+    y = round(residual + gate*y)
+
+shift_bias belongs to act_unsigned layers whose activations were not shifted (fast): the file's bias compensates for a shift.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layout import E2M1, PartView, signed_codes, unpack_nibbles
+from .norm_modulate import batch_rows
+from .smooth_quantize_torch import QuantizedInput
+
+
+def check_operands(
+    q: QuantizedInput, part: PartView, out: Tensor, gate: Tensor | None, residual: Tensor | None, rows_per_batch: int
+) -> None:
+    """Raises ValueError when the operands do not fit the part."""
+    spec = part.spec
+    kinds = {"nvfp4": ("plain",), "int4": ("int4", "int8" if spec.code_form == "int8" else "e4m3")}.get(spec.precision, ())
+    if q.kind not in kinds:
+        raise ValueError(f"the input is of kind {q.kind!r}, a {spec.precision} layer in {spec.code_form} form takes {' or '.join(kinds)}")
+    rows = q.codes.shape[0]
+    if q.codes.shape[1] != spec.k_padded:
+        raise ValueError(f"the quantised input has {q.codes.shape[1]} columns, the layer has {spec.k_padded}")
+    if tuple(out.shape) != (rows, spec.n):
+        raise ValueError(f"out has shape {list(out.shape)}, expected [{rows}, {spec.n}]")
+    if (gate is None) != (residual is None):
+        raise ValueError("gate and residual belong together: give both or neither")
+    if gate is None:
+        return
+    batches = -(-rows // rows_per_batch)
+    if residual.shape != out.shape:
+        raise ValueError(f"residual has shape {list(residual.shape)}, expected {list(out.shape)}")
+    if gate.ndim != 2 or gate.shape[0] < batches or gate.shape[1] != spec.n:
+        raise ValueError(f"gate has shape {list(gate.shape)}, expected [{batches}, {spec.n}]")
+
+
+def dequantized_input(q: QuantizedInput, code_form: str) -> Tensor:
+    """fp32 [M, Kp]: what the codes and scales stand for."""
+    if q.kind == "plain":
+        return q.codes.float()
+    if q.kind == "e4m3":
+        return q.codes.view(torch.float8_e4m3fn).float() * q.scales[:, None]
+    values = q.codes.float()
+    if q.kind == "int4" and code_form == "e4m3":
+        values = torch.where(values >= 128, 128 - values, values)
+    return (values.view(values.shape[0], -1, 64) * q.scales.t()[:, :, None]).view(values.shape)
+
+
+def dequantized_weight(part: PartView) -> Tensor:
+    """fp32 [N, Kp]: codes times group scales, without channel_scale and smooth."""
+    n, group = part.spec.n, part.spec.group
+    if part.spec.precision == "nvfp4":
+        values = torch.tensor(E2M1, device=part.codes.device)[unpack_nibbles(part.codes[:n]).int()]
+    else:
+        values = signed_codes(part)[:n].float()
+    return (values.view(n, -1, group) * part.scales.t()[:n].float()[:, :, None]).view(n, -1)
+
+
+def lowrank_product(lowrank: Tensor, part: PartView) -> Tensor:
+    """fp32 [M, N]: every segment's outputs from its own columns of the low-rank activation."""
+    spec = part.spec
+    up = part.up[: spec.n].float()
+    ends = (*spec.segments[1:], spec.n)
+    columns = lowrank.split(spec.rank_padded, dim=1)
+    return torch.cat([h @ up[a:b].t() for h, a, b in zip(columns, spec.segments, ends, strict=True)], dim=1)
+
+
+def w4_matmul_torch(
+    q: QuantizedInput,
+    part: PartView,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    accumulate: bool = False,
+    gelu_from: int | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    rows_per_batch: int = 1 << 30,
+) -> Tensor:
+    """Writes y [M, N] into `out` (any strides) and returns it. Arguments as `w4_matmul`. Raises ValueError as `check_operands`."""
+    check_operands(q, part, out, gate, residual, rows_per_batch)
+    spec = part.spec
+    y = dequantized_input(q, spec.code_form) @ dequantized_weight(part).t()
+    if part.channel_scale is not None:
+        y *= part.channel_scale[: spec.n]
+    if q.lowrank is not None:
+        y += lowrank_product(q.lowrank, part)
+    if bias is not None:
+        y += bias.float()
+    if spec.act_unsigned and q.kind != "int4":
+        y += part.shift_bias[: spec.n]
+    if accumulate:
+        y += out.float()
+    y = y.to(out.dtype)
+    if gelu_from is not None:
+        y[:, gelu_from:] = F.gelu(y[:, gelu_from:].float(), approximate="tanh").to(out.dtype)
+    if gate is not None:
+        y = residual.float() + batch_rows(gate, y.shape[0], rows_per_batch) * y.float()
+    out.copy_(y)  # rounds to out.dtype
+    return out

@@ -1,0 +1,236 @@
+"""Triton kernel of w4_matmul; the formula is stated in w4_matmul_torch.py, the packed layout in layout.py.
+
+It computes y^T = W x^T: the weight is the left operand, so that unpacked codes stay in registers. A step takes 128 of K, that is one byte
+column block [BN, 64]: its low nibbles are the first 64 of K, its high nibbles the next 64, each with one group scale (NVFP4: four).
+
+Powers of two that code tricks leave behind are folded into one constant at the end (FOLD), which is exact:
+    int8 form    a code kept in the high nibble of its byte is 16 times itself
+    e4m3 form    the byte s000mmmm read as e4m3 is +-m * 2^-9: weights always, activations in exact
+    NVFP4        e2m1 and e4m3 bit patterns moved into fp16 are value * 2^-14 and value * 2^-8; 2^14 is given back at once
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import PartView
+from .rounding import dot_split, operand, rounded, storable
+from .smooth_quantize_torch import QuantizedInput
+from .targets import interpreting, launch_device, target_for
+from .tiles import matmul_tile
+
+_FAR = (1 << 31) - 1  # a segment start that no output reaches
+
+
+@triton.jit
+def _e4m3_weights(nibble):
+    """Sign-magnitude nibbles (uint8, 0b1000 = -8) -> e4m3 tensor of value * 2^-9."""
+    sign = nibble & 8
+    magnitude = nibble & 7
+    eight = sign & ((magnitude + 7) ^ 8)  # 8 where the nibble is 0b1000, the only one with a sign and no magnitude
+    return (magnitude | eight | (sign << 4)).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _e2m1_weights(nibble, scales, n, first_group, NP, BN: tl.constexpr):
+    """fp16 [BN, 64] of e2m1 * e4m3 scale * 2^-8, exact (at most 6 significant bits, multiples of 2^-18)."""
+    code = nibble.to(tl.uint16)
+    values = (((code & 8) << 12) | ((code & 7) << 9)).to(tl.float16, bitcast=True)
+    groups = first_group + tl.arange(0, 4)
+    byte = tl.load(scales + groups[None, :] * NP + n[:, None]).to(tl.uint16)
+    scale = (((byte & 128) << 8) | ((byte & 127) << 7)).to(tl.float16, bitcast=True) * 16384.0
+    wide = tl.broadcast_to(scale.to(tl.float16)[:, :, None], (BN, 4, 16))
+    return values * tl.reshape(wide, (BN, 64))
+
+
+@triton.jit
+def _half_product(
+    packed, x, at, scales, n, group, NP, acc, HALF: tl.constexpr, KIND: tl.constexpr, E4M3: tl.constexpr, BN: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The product of one 64 of K: unscaled and separate for codes, added to acc for NVFP4 (whose scales are inside the operand)."""
+    v = tl.load(x + at)
+    if KIND == "plain":
+        DTYPE: tl.constexpr = x.dtype.element_ty
+        w = _e2m1_weights((packed >> (4 * HALF)) & 15, scales, n, group * 4, NP, BN)
+        left = operand(w.to(tl.float32), DTYPE, EMULATE)
+        right = operand(v.to(tl.float32), DTYPE, EMULATE)
+        product = tl.dot(left, right, acc, input_precision="ieee")
+    elif E4M3:
+        w = _e4m3_weights((packed >> (4 * HALF)) & 15)
+        product = tl.dot(w, v.to(tl.float8e4nv, bitcast=True), out_dtype=tl.float32)
+    else:
+        w = (packed << 4 if HALF == 0 else packed & 240).to(tl.int8, bitcast=True)
+        product = tl.dot(w, v, out_dtype=tl.int32).to(tl.float32)
+    return product
+
+
+@triton.jit
+def _gelu_tanh(y):
+    """0.5*y*(1 + tanh(z)) = y * sigmoid(2z), z = sqrt(2/pi) * (y + 0.044715*y^3); exp, because libdevice fails in the interpreter."""
+    z = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+    return y / (1.0 + tl.exp(-2.0 * z))
+
+
+@triton.jit
+def _add_lowrank(acc, lowrank, up, n, m, seg, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, EMULATE: tl.constexpr):
+    """acc [BN, BM] + up @ h^T, h fp32 in two bf16 halves."""
+    for r in tl.static_range(0, RANK, RB):
+        ranks = r + tl.arange(0, RB)
+        u = tl.load(up + n[:, None] * RANK + ranks[None, :]).to(tl.float32)
+        h = tl.load(lowrank + m.to(tl.int64)[None, :] * ROWS + (seg * RANK + ranks)[:, None])
+        acc = dot_split(u, h, acc, False, True, EMULATE)
+    return acc
+
+
+@triton.jit
+def _finish(
+    y, out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from,
+    ACCUMULATE: tl.constexpr, GELU: tl.constexpr, GATE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Ending and store of y [BM, BN]."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    m64 = m.to(tl.int64)
+    at = m64[:, None] * out_row + n[None, :] * out_col
+    if ACCUMULATE:
+        y += tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
+    if GELU or GATE:
+        y = rounded(y, DTYPE, EMULATE)
+    if GELU:
+        y = tl.where((n >= gelu_from)[None, :], rounded(_gelu_tanh(y), DTYPE, EMULATE), y)
+    if GATE:
+        g = tl.load(gate + (m64 // rows_per_batch)[:, None] * gate_row + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(residual + m64[:, None] * residual_row + n[None, :] * residual_col, mask=mask, other=0.0).to(tl.float32) + g * y
+    tl.store(out + at, storable(y, DTYPE, EMULATE), mask=mask)
+
+
+@triton.jit
+def _w4_matmul(
+    x, x_scales, lowrank, codes, scales, up, channel_scale, shift_bias, bias, out, residual, gate,
+    M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3,
+    KIND: tl.constexpr, E4M3: tl.constexpr, FOLD: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, SEGMENTS: tl.constexpr,
+    HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
+    GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """KIND: "group" (a scale per 64 on both sides), "row" (e4m3 activations with one scale a row), "plain" (NVFP4)."""
+    # Programs that run together share weight rows and token rows: walk GROUP_M token tiles for every weight tile.
+    tiles_m = tl.cdiv(M, BM)
+    band = GROUP_M * tl.cdiv(NP, BN)
+    first = tl.program_id(0) // band * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    inside = tl.program_id(0) % band
+    m = (first + inside % height) * BM + tl.arange(0, BM)
+    n0 = inside // height * BN
+    n = n0 + tl.arange(0, BN)
+    j = tl.arange(0, 64)
+    token = tl.minimum(m, M - 1)  # rows past the end repeat the last one: no mask in the loop, nothing of them is stored
+    x_at = token.to(tl.int64)[None, :] * KP + j[:, None]
+    codes_at = codes + n.to(tl.int64)[:, None] * (KP // 2) + j[None, :]
+    acc = tl.zeros((BN, BM), tl.float32)
+    last = KP // 64 - 2
+    if KIND != "plain":  # one step ahead: a scale loaded where it is used is waited for in every step
+        w0 = tl.load(scales + n).to(tl.float32)
+        w1 = tl.load(scales + NP + n).to(tl.float32)
+    if KIND == "group":
+        a0 = tl.load(x_scales + token)
+        a1 = tl.load(x_scales + M + token)
+    for k in range(0, KP, 128):
+        packed = tl.load(codes_at + k // 2)
+        group = k // 64
+        if KIND == "plain":
+            acc = _half_product(packed, x, x_at + k, scales, n, group, NP, acc, 0, KIND, E4M3, BN, EMULATE)
+            acc = _half_product(packed, x, x_at + (k + 64), scales, n, group + 1, NP, acc, 1, KIND, E4M3, BN, EMULATE)
+        else:
+            ahead = tl.minimum(group + 2, last)
+            next_w0 = tl.load(scales + ahead * NP + n).to(tl.float32)
+            next_w1 = tl.load(scales + (ahead + 1) * NP + n).to(tl.float32)
+            low = _half_product(packed, x, x_at + k, scales, n, group, NP, acc, 0, KIND, E4M3, BN, EMULATE)
+            if KIND == "group":
+                next_a0 = tl.load(x_scales + ahead.to(tl.int64) * M + token)
+                next_a1 = tl.load(x_scales + (ahead + 1).to(tl.int64) * M + token)
+                acc += low * (w0[:, None] * a0[None, :])
+            else:
+                acc += low * w0[:, None]
+            high = _half_product(packed, x, x_at + (k + 64), scales, n, group + 1, NP, acc, 1, KIND, E4M3, BN, EMULATE)
+            if KIND == "group":
+                acc += high * (w1[:, None] * a1[None, :])
+                a0 = next_a0
+                a1 = next_a1
+            else:
+                acc += high * w1[:, None]
+            w0 = next_w0
+            w1 = next_w1
+    acc *= FOLD
+    if KIND == "row":
+        acc *= tl.load(x_scales + token)[None, :]
+    if HAS_CHANNEL:
+        acc *= tl.load(channel_scale + n)[:, None]
+    if RANK > 0:
+        seg = (n0 >= seg1).to(tl.int32) + (n0 >= seg2).to(tl.int32) + (n0 >= seg3).to(tl.int32)
+        acc = _add_lowrank(acc, lowrank, up, n, token, seg, SEGMENTS * RANK, RANK, RB, EMULATE)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if HAS_SHIFT:
+        acc += tl.load(shift_bias + n)[:, None]
+    _finish(
+        tl.trans(acc), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from,
+        ACCUMULATE, GELU, GATE, EMULATE,
+    )  # fmt: skip
+
+
+def variant_of(kind: str, code_form: str) -> tuple[str, bool, float]:
+    """(KIND, E4M3, FOLD) of the kernel for a kind of quantised input."""
+    if kind == "plain":
+        return "plain", False, 2.0**8
+    if kind == "e4m3":
+        return "row", True, 2.0**9
+    return ("group", True, 2.0**18) if code_form == "e4m3" else ("group", False, 2.0**-4)
+
+
+def w4_matmul_triton(
+    q: QuantizedInput,
+    part: PartView,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    accumulate: bool = False,
+    gelu_from: int | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    rows_per_batch: int = 1 << 30,
+) -> Tensor:
+    """Same arguments and result as w4_matmul_torch. Operands must have been checked. Raises ValueError for more than four segments."""
+    spec, rows = part.spec, q.codes.shape[0]
+    if len(spec.segments) > 4:
+        raise ValueError(f"the layer has {len(spec.segments)} low-rank segments, the kernel takes at most 4")
+    if rows == 0:
+        return out
+    kernel_kind, e4m3, fold = variant_of(q.kind, spec.code_form)
+    target = target_for(out.device)
+    tile = matmul_tile(target, kernel_kind, rows)
+    rank = 0 if q.lowrank is None else spec.rank_padded
+    shift = spec.act_unsigned and q.kind != "int4"
+    if gate is not None:
+        gate = gate if gate.stride(1) == 1 else gate.contiguous()
+    dummy = out
+    scales = part.scales.view(torch.uint8) if kernel_kind == "plain" else part.scales  # Triton has no e4m3 type below sm_89
+    starts = [*spec.segments[1:], _FAR, _FAR, _FAR][:3]
+    with launch_device(out.device):
+        _w4_matmul[(triton.cdiv(rows, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
+            q.codes, dummy if q.scales is None else q.scales, q.lowrank if rank else dummy, part.codes, scales,
+            part.up if rank else dummy, dummy if part.channel_scale is None else part.channel_scale,
+            part.shift_bias if shift else dummy, dummy if bias is None else bias.contiguous(), out,
+            dummy if residual is None else residual, dummy if gate is None else gate,
+            rows, spec.n, spec.n_padded, spec.k_padded, out.stride(0), out.stride(1),
+            0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1),
+            0 if gate is None else gate.stride(0), min(rows_per_batch, rows), gelu_from or 0, *starts,
+            KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RANK=rank, RB=rank & -rank if rank & -rank < 64 else 64, SEGMENTS=len(spec.segments),
+            HAS_CHANNEL=part.channel_scale is not None, HAS_SHIFT=shift, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
+            GELU=gelu_from is not None, GATE=gate is not None, BN=tile.bn, BM=tile.bm, GROUP_M=8, EMULATE=interpreting(),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out

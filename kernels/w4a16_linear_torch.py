@@ -1,0 +1,26 @@
+"""Oracle of w4a16_linear: y = x @ (code*scale + zero)^T + bias, fp32 throughout, rounded once to x.dtype."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .layout import PartView, unpack_nibbles
+
+
+def check_w4a16(x: Tensor, part: PartView) -> None:
+    """Raises ValueError when the part is no w4a16 layer or x does not fit it."""
+    if part.spec.precision != "w4a16":
+        raise ValueError(f"this is a {part.spec.precision} layer, expected w4a16")
+    if x.ndim != 2 or x.shape[1] != part.spec.k:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [M, {part.spec.k}]")
+
+
+def w4a16_linear_torch(x: Tensor, part: PartView, bias: Tensor | None) -> Tensor:
+    """x [M, K] of any strides -> [M, N] in x.dtype. Raises ValueError as `check_w4a16`."""
+    check_w4a16(x, part)
+    n, k = part.spec.n, part.spec.k
+    weight = unpack_nibbles(part.codes[:n]).float().view(n, -1, 64)
+    weight *= part.scales.t()[:n].float()[:, :, None]
+    weight += part.zeros.t()[:n].float()[:, :, None]
+    y = x.float() @ weight.view(n, -1)[:, :k].t()
+    return (y if bias is None else y + bias.float()).to(x.dtype)

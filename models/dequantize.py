@@ -1,0 +1,83 @@
+"""A 4-bit FLUX checkpoint as the dense model it stands for, under the host's own FLUX names.
+
+W = W4 / smooth + up @ down; biases of shifted (INT4, GELU-fed) layers without their compensation; linear2 = [out_proj | mlp_fc2] columns;
+modulation in native order without the folded 1; final_layer.adaLN_modulation.1 in native half order.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..kernels.layout import dense_bias, dense_weight
+from .formats.checkpoint import CheckpointError, FluxCheckpoint, HostLinear, find_files, open_checkpoint
+from .formats.tensorfile import Slot, stream_save
+
+
+def dense_linear(checkpoint: FluxCheckpoint, host: HostLinear, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """(weight fp32 [out, in], bias fp32 [out]) of one quantised host linear, on `device`."""
+    parts = checkpoint.load_linear(host, device)
+    weight = torch.zeros(host.out_features, host.in_features, device=device)
+    bias = torch.zeros(host.out_features, device=device)
+    for layer, row, col in parts:
+        weight[row : row + layer.n, col : col + layer.k] = dense_weight(layer)
+        part = dense_bias(layer)
+        if part is not None:
+            bias[row : row + layer.n] += part
+    return weight, bias
+
+
+def dense_state_dict(
+    checkpoint: FluxCheckpoint, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """(native name, tensor in `dtype`) of the whole dense model, one linear in memory at a time. dict(...) of it is a state dict.
+
+    `device` is where the layers are computed and stay; values are computed in fp32 and rounded once.
+    """
+    for host in checkpoint.host_linears():
+        if host.kind != "plain":
+            weight, bias = dense_linear(checkpoint, host, device)
+            yield f"{host.name}.weight", weight.to(dtype)
+            yield f"{host.name}.bias", bias.to(dtype)
+    for name, t in checkpoint.plain_tensors():
+        yield name, t.to(device, dtype, copy=True)
+
+
+def dequantize(path_in: str | os.PathLike, path_out: str | os.PathLike, progress: Callable[[int, int], None] | None = None,
+               device: str | torch.device = "cpu") -> None:  # fmt: skip
+    """Write the dense bf16 checkpoint that stock UNETLoader reads (when the sizes are a real FLUX's).
+
+    Tensors go to the file one by one under a temporary name that becomes `path_out` at the end, so a full FLUX.1 (24 GB) needs the
+    memory of one linear. progress(done, total) counts written bytes. CheckpointError when path_in is no FLUX checkpoint or path_out is
+    one of its files.
+    """
+    path_out = Path(path_out)
+    if path_out.exists() and any(path_out.samefile(p) for p in find_files(path_in)):
+        raise CheckpointError(f"{path_out} is the file to read; choose another name for the output.")
+    checkpoint = open_checkpoint(path_in)
+    try:
+        tensors = dense_state_dict(checkpoint, torch.bfloat16, device)
+        slots = [Slot(name, torch.bfloat16, shape, partial(_take, tensors, name)) for name, shape in _shapes(checkpoint)]
+        stream_save(path_out, slots, {"format": "pt"}, progress)
+    finally:
+        checkpoint.close()
+
+
+def _shapes(checkpoint: FluxCheckpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(native name, shape) in the order of dense_state_dict."""
+    for host in checkpoint.host_linears():
+        if host.kind != "plain":
+            yield f"{host.name}.weight", (host.out_features, host.in_features)
+            yield f"{host.name}.bias", (host.out_features,)
+    for name, shape, _ in checkpoint.plain_specs():
+        yield name, shape
+
+
+def _take(tensors: Iterator[tuple[str, Tensor]], name: str) -> Tensor:
+    found, t = next(tensors)
+    if found != name:  # _shapes and dense_state_dict went out of step
+        raise RuntimeError(f"tensor {found} came where {name} was to be written")
+    return t

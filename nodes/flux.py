@@ -1,0 +1,180 @@
+"""The FLUX loader node. Light to import: torch and the host come in when a node is asked for its inputs or run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+KEY = "NunchakuFluxDiTLoader"
+DEVICE_WIDGET = {"default": 0, "min": 0, "step": 1, "display": "number", "lazy": True}
+COMPUTE = ["auto", "exact", "fast", "weight_only"]
+
+
+class NunchakuFluxDiTLoader:
+    """Loads a 4-bit SVDQuant FLUX.1 checkpoint as a MODEL. Input names, order and defaults are those of ComfyUI-nunchaku, then ours."""
+
+    TITLE = "Nunchaku FLUX DiT Loader"
+    CATEGORY = "Nunchaku"
+    DESCRIPTION = (
+        "Loads a 4-bit SVDQuant FLUX.1 checkpoint (dev, schnell, Fill, Canny, Depth, Kontext, Krea and finetunes; INT4 or NVFP4, any GPU). "
+        "The MODEL is an ordinary one: ComfyUI's LoRA loaders, ControlNet, patches and memory management work on it."
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load_model"
+    TONFA = True  # tells this pack's classes from another pack's of the same key, however the pack was imported
+
+    def __init__(self) -> None:
+        self._key: tuple | None = None  # what the patcher below was loaded from
+        self._patcher = None
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:  # noqa: N802 (the host's name)
+        from .host.files import model_names
+
+        warn_about_other_packs()
+        return {
+            "required": {
+                "model_path": (model_names(), {"tooltip": TOOLTIPS["model_path"]}),
+                "cache_threshold": ("FLOAT", {"default": 0, "min": 0, "max": 1, "step": 0.001, "tooltip": TOOLTIPS["cache_threshold"]}),
+                "attention": (["nunchaku-fp16", "flash-attention2"], {"default": "nunchaku-fp16", "tooltip": TOOLTIPS["attention"]}),
+                "cpu_offload": (["auto", "enable", "disable"], {"default": "auto", "tooltip": TOOLTIPS["cpu_offload"]}),
+                "device_id": ("INT", {**DEVICE_WIDGET, "max": last_device(), "tooltip": TOOLTIPS["device_id"]}),
+                "data_type": (["bfloat16", "float16"], {"default": "bfloat16", "tooltip": TOOLTIPS["data_type"]}),
+            },
+            "optional": {
+                "i2f_mode": (["enabled", "always"], {"default": "enabled", "tooltip": TOOLTIPS["i2f_mode"]}),
+                "compute": (COMPUTE, {"default": "auto", "tooltip": TOOLTIPS["compute"]}),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(  # noqa: N802
+        cls,
+        model_path=None,
+        cache_threshold=None,
+        attention=None,
+        cpu_offload=None,
+        device_id=None,
+        data_type=None,
+        i2f_mode=None,
+        compute=None,
+    ) -> bool:
+        """Naming an input here takes the host's list and range checks off it: unknown saved values are resolved when the node runs."""
+        return True
+
+    def check_lazy_status(self, device_id: int | None = None, **_: object) -> list[str]:
+        """device_id is marked lazy, as it always was; when it is linked it is needed all the same."""
+        return ["device_id"] if device_id is None else []
+
+    def load_model(
+        self,
+        model_path: str,
+        cache_threshold: float = 0,
+        attention: str = "nunchaku-fp16",
+        cpu_offload: str = "auto",
+        device_id: int = 0,
+        data_type: str = "bfloat16",
+        i2f_mode: str = "enabled",
+        compute: str = "auto",
+    ) -> tuple:
+        """(MODEL,). The file is read again only when it, the device or the type changed; anything else makes a new clone."""
+        from .host.files import identity
+        from .host.shell import load_flux, place
+
+        warn_about_other_packs()
+        path = find(model_path)
+        where = place(int(device_id or 0), data_type)
+        if compute not in COMPUTE:
+            log.warning("%s: compute '%s' is not known; using auto.", self.TITLE, compute)
+            compute = "auto"
+        key = (identity(path), where)
+        if key != self._key:
+            self._key = self._patcher = None  # the old model is let go before the new one takes its place
+            self._patcher = load_flux(path, where)
+            self._key = key
+        model = self._patcher.clone()
+        model.model_options["transformer_options"]["tonfa"] = {"compute": compute}
+        return (model,)
+
+
+class SVDQuantFluxDiTLoader(NunchakuFluxDiTLoader):
+    """The node's name in the first releases (March 2025). Opens old graphs; not offered in the menu."""
+
+    TITLE = "SVDQuant FLUX DiT Loader (old name)"
+    DEPRECATED = True
+
+
+TOOLTIPS = {
+    "model_path": (
+        "A SVDQuant FLUX.1 checkpoint in models/diffusion_models: one .safetensors file, or a folder of the old form. "
+        "A name saved on another machine is matched to what is here, and the log says to what."
+    ),
+    "cache_threshold": "Kept for saved graphs; does nothing yet (no first-block cache is built in). ComfyUI's EasyCache works here.",
+    "attention": (
+        "Kept for saved graphs; does nothing: the attention that ComfyUI was started with is used (for instance --use-flash-attention or "
+        "--use-sage-attention)."
+    ),
+    "cpu_offload": (
+        "Kept for saved graphs; does nothing: ComfyUI's memory manager moves and streams this model as it does its own "
+        "(--lowvram, --reserve-vram and so on apply)."
+    ),
+    "device_id": "The CUDA (or ROCm) device that computes. If it is not there, ComfyUI's own device does, and the log says so.",
+    "data_type": ("The type of activations and of the layers that are not 4-bit. A device without it computes in what ComfyUI would take."),
+    "i2f_mode": "Kept for saved graphs; does nothing: it switched a kernel for 20-series cards that is not used here.",
+    "compute": (
+        "How the 4-bit layers multiply. exact: activations rounded to 4 bit, as the original program does. fast: activations kept in 8 bit "
+        "(16 bit for NVFP4 files), closer to the unquantised model. weight_only: weights expanded to 16 bit at each use, closest and slow. "
+        "auto: fast where this GPU has Triton and matrix units, else weight_only."
+    ),
+}
+
+
+def last_device() -> int:
+    """The highest device index to offer: 0 without a GPU, so that the widget's range is never empty."""
+    import torch
+
+    return max(torch.cuda.device_count() - 1, 0)
+
+
+def find(asked: str) -> str:
+    """The path of the checkpoint that a saved name means today; one log line when that is not the very entry."""
+    from .host.files import model_names, model_path, resolve
+
+    found = resolve(asked, model_names())
+    if found.how is not None:
+        log.warning("Model '%s' is not here; using '%s' (%s).", asked, found.name, found.how)
+    return model_path(found.name)
+
+
+_warned = False
+
+
+def warn_about_other_packs() -> None:
+    """One log line, once, when another pack registers our node keys: ComfyUI lets the pack that loads last win, in silence."""
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    rivals = other_packs()
+    if rivals:
+        log.warning(
+            "%s registers the same node names as ComfyUI-Tonfa, and ComfyUI uses the pack that it loads last. "
+            "Keep one of the two in custom_nodes (rename the other's folder to end in .disabled).",
+            " and ".join(rivals),
+        )
+
+
+def other_packs() -> list[str]:
+    """Folder names of the loaded packs, other than this one, that map our loader's key to a class of theirs."""
+    names = set()
+    for module in list(sys.modules.values()):
+        theirs = getattr(module, "__dict__", {}).get("NODE_CLASS_MAPPINGS")
+        file = getattr(module, "__file__", None)
+        if not isinstance(theirs, dict) or KEY not in theirs or not file or Path(file).name != "__init__.py":
+            continue  # the host's own table is in nodes.py
+        if not getattr(theirs[KEY], "TONFA", False):
+            names.add(Path(file).parent.name)
+    return sorted(names)

@@ -1,0 +1,136 @@
+"""Which file a saved model name means today. Everything here works on names; only the three functions at the end ask ComfyUI."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+LEGACY_FILE = "transformer_blocks.safetensors"  # its presence makes a folder a checkpoint of the old form
+EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
+PRECISION = re.compile(r"(int4|fp4|nvfp4)(_r\d+)?(?=-|$)")
+MOST_NAMED = 12
+
+
+@dataclass(frozen=True)
+class Found:
+    """`name`: the entry of today's list that is used. `how`: what was substituted for the asked name; None when it is that very entry."""
+
+    name: str
+    how: str | None = None
+
+
+def with_legacy_folders(files: Sequence[str]) -> list[str]:
+    """The host's list of files with, behind it, the folders among them that are checkpoints of the old form."""
+    folders = {slashes(name).rsplit("/", 1)[0] for name in files if slashes(name).endswith("/" + LEGACY_FILE)}
+    return [*files, *sorted(folders)]
+
+
+def resolve(asked: str, names: Sequence[str]) -> Found:
+    """The entry of `names` that a saved `asked` means.
+
+    In this order: the same relative path; the same base name in any sub-folder, with either separator; the same stem with .safetensors;
+    the rank inserted after the precision, or left out, as old and new names differ in it; the same with the other precision.
+    Raises FileNotFoundError naming the nearest candidates.
+    """
+    wanted = slashes(str(asked or ""))
+    paths = {slashes(name): name for name in names}
+    if wanted in paths:
+        return Found(paths[wanted])
+    if wanted.endswith("/" + LEGACY_FILE) and wanted.rsplit("/", 1)[0] in paths:
+        return Found(paths[wanted.rsplit("/", 1)[0]], "its folder, which is the checkpoint")
+    by_base: dict[str, str] = {}
+    for path in sorted(paths, key=lambda p: (p.count("/"), p)):  # of equals the one nearest to the root, so that the choice never varies
+        by_base.setdefault(base_name(path), paths[path])
+    for base, how in spellings(base_name(wanted)):
+        if base in by_base:
+            return Found(by_base[base], how)
+    raise FileNotFoundError(not_found(wanted, names))
+
+
+def spellings(base: str) -> Iterator[tuple[str, str]]:
+    """Base names to try for a saved base name, in order, each with what it would be called in the log."""
+    yield base, "the file of that name in another folder"
+    stem = base[: -len(suffix)] if (suffix := extension(base)) else base
+    yield stem + ".safetensors", "the single-file form"
+    yield stem, "the folder form"
+    for other in rank_variants(stem):
+        yield other + ".safetensors", "the same model under its other name"
+        yield other, "the same model under its other name"
+    for swapped in precision_variants(stem):
+        for other in (swapped, *rank_variants(swapped)):
+            yield other + ".safetensors", "the same model in the other precision"
+            yield other, "the same model in the other precision"
+
+
+def rank_variants(stem: str) -> list[str]:
+    """svdq-int4-x -> svdq-int4_r32-x, and back. A rank other than 32 is another model file, so it is never dropped or made up."""
+    found = PRECISION.search(stem)
+    if found is None or found[2] not in (None, "_r32"):
+        return []
+    return [stem[: found.start()] + found[1] + ("_r32" if found[2] is None else "") + stem[found.end() :]]
+
+
+def precision_variants(stem: str) -> list[str]:
+    found = PRECISION.search(stem)
+    if found is None:
+        return []
+    others = ["fp4", "nvfp4"] if found[1] == "int4" else ["int4"]
+    return [stem[: found.start()] + other + (found[2] or "") + stem[found.end() :] for other in others]
+
+
+def not_found(wanted: str, names: Sequence[str]) -> str:
+    """The sentence for a name that nothing matches."""
+    if not wanted:
+        return "No model is chosen. Put a SVDQuant FLUX checkpoint into ComfyUI/models/diffusion_models and choose it in model_path."
+    likely = [name for name in names if PRECISION.search(base_name(slashes(name)))]
+    near = difflib.get_close_matches(wanted, likely or list(names), n=MOST_NAMED, cutoff=0.3) or sorted(likely or names)[:MOST_NAMED]
+    tried = ", ".join(dict.fromkeys(base for base, _ in spellings(base_name(wanted))))
+    there = f"Candidates that are there: {', '.join(near)}." if near else "There is no model file at all."
+    return f"Model '{wanted}' is not in ComfyUI's diffusion_models folders (tried: {tried}). {there} Choose one in model_path."
+
+
+def slashes(name: str) -> str:
+    return name.strip().replace("\\", "/").strip("/")
+
+
+def base_name(path: str) -> str:
+    return PurePosixPath(path).name
+
+
+def extension(base: str) -> str:
+    return next((e for e in EXTENSIONS if base.lower().endswith(e)), "")
+
+
+# -- the host's folders -------------------------------------------------------------------------------------------------------------
+
+
+def model_names() -> list[str]:
+    """What the loader's list shows: the host's diffusion model files, then the folders of the old form."""
+    import folder_paths
+
+    return with_legacy_folders(folder_paths.get_filename_list("diffusion_models"))
+
+
+def model_path(name: str) -> str:
+    """Full path of an entry of `model_names`: a file, or a folder of the old form."""
+    import folder_paths
+
+    full = folder_paths.get_full_path("diffusion_models", name)
+    if full is None and (inside := folder_paths.get_full_path("diffusion_models", os.path.join(name, LEGACY_FILE))):
+        full = os.path.dirname(inside)
+    if full is None:
+        raise FileNotFoundError(
+            f"Model '{name}' was listed but is gone from ComfyUI's diffusion_models folders. Refresh (key R) and choose again."
+        )
+    return full
+
+
+def identity(path: str) -> tuple:
+    """Changes when the checkpoint does: real path, and modification time and size of its file or files."""
+    real = os.path.realpath(path)
+    files = [real] if os.path.isfile(real) else sorted(entry.path for entry in os.scandir(real) if entry.is_file())
+    return (real, *((os.stat(f).st_mtime_ns, os.stat(f).st_size) for f in files))

@@ -1,0 +1,185 @@
+"""Compiles every kernel for every kind of GPU, without one, and looks at what came out. Run by test_compile.py in a process of its own,
+
+because Triton's interpreter and its compiler cannot share one. Prints one JSON line per compiled kernel: target, kernel, whether it
+compiled, which matrix instructions it holds, spilled bytes, shared memory against the target's limit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from tonfa.kernels import smooth_quantize_triton as quantize
+from tonfa.kernels import w4_matmul_triton as matmul
+from tonfa.kernels import w4a16_linear_triton as linear
+from tonfa.kernels.targets import Target, cuda_target, hip_target
+from tonfa.kernels.tiles import linear_tile, matmul_tile, quantize_tile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUDA = (75, 80, 86, 89, 90, 100, 120)
+HIP = ("gfx942", "gfx1100", "gfx1201")
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int8: "*i8"}
+
+
+@dataclass
+class Variant:
+    """One kernel as a launcher would ask for it: argument types by name ("constexpr" values in constants), and what must be inside."""
+
+    name: str
+    fn: object
+    types: dict[str, str]
+    constants: dict[str, object]
+    warps: int
+    stages: int
+    instruction: str | None
+
+
+def gpu_target(target: Target) -> GPUTarget:
+    if target.name.startswith("sm_"):
+        return GPUTarget("cuda", int(target.name[3:]), 32)
+    return GPUTarget("hip", target.name, 64 if target.name.startswith("gfx9") else 32)
+
+
+def compile_variant(variant: Variant, target: Target):
+    names = variant.fn.arg_names
+    signature = {n: "constexpr" if n in variant.constants else variant.types[n] for n in names}
+    constants = {(names.index(n),): v for n, v in variant.constants.items()}
+    # As in a launch at FLUX sizes: pointers and sizes are multiples of 16, except what the variant names as ragged.
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] != "constexpr" and signature[n] != "fp32"}
+    attrs.pop((names.index("M"),), None)
+    source = ASTSource(variant.fn, signature, constants, attrs)
+    return triton.compile(source, target=gpu_target(target), options={"num_warps": variant.warps, "num_stages": variant.stages})
+
+
+def instruction(target: Target, operands: str) -> str:
+    """What a dot of these operands becomes, as a pattern over ptx or amdgcn (KERNELS.md's table, checked on Triton 3.6)."""
+    name, ptx = target.name, {"int8": "s8", "e4m3": "e4m3", "bf16": "bf16", "fp16": "f16"}[operands]
+    if name.startswith("gfx9"):
+        return {"int8": r"v_mfma_i32_\S+i8", "bf16": r"v_mfma_f32_\S+bf16", "fp16": r"v_mfma_f32_\S+f16"}[operands]
+    if name.startswith("gfx"):
+        return {"int8": r"v_wmma_i32_16x16x16_iu8", "bf16": r"v_wmma_f32_16x16x16_bf16", "fp16": r"v_wmma_f32_16x16x16_f16"}[operands]
+    if name == "sm_90":
+        return rf"wgmma\S+\.{ptx}\.{ptx}"
+    if name == "sm_100":
+        return r"tcgen05\.mma\S+kind::" + {"e4m3": "f8f6f4"}.get(operands, "f16")
+    return rf"mma\.sync\S+\.{ptx}\.{ptx}"
+
+
+def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, ranks=32, unsigned=False, ragged=False) -> Variant:
+    tile = quantize_tile(target, 4608)
+    codes = {"plain": dtype, "nvfp4": dtype}.get(kind, torch.uint8 if byte_codes else torch.int8)
+    types = {n: "i32" for n in ("M", "K", "KP", "x_row", "shift_row", "scale_row", "rows_per_batch")} | {"eps": "fp32"}
+    types |= {n: "*fp32" for n in ("smooth", "scales", "lowrank")} | {n: POINTERS[dtype] for n in ("x", "shift", "scale")}
+    types |= {"down": "*bf16", "codes": POINTERS[codes]}
+    constants = {
+        "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": not ragged,
+        "EVEN_K": not ragged, "RANKS": ranks, "RB": max(16, triton.next_power_of_2(ranks)), "BM": tile.bm, "BK": tile.bk, "EMULATE": False,
+    }  # fmt: skip
+    wanted = r"v_(mfma|wmma)_f32" if target.name.startswith("gfx") else r"mma\.sync\S+\.bf16"
+    wanted = wanted if ranks else None
+    return Variant(f"smooth_quantize {name}", quantize._smooth_quantize, types, constants, tile.warps, tile.stages, wanted)
+
+
+def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segments=1, **flags) -> Variant:
+    kernel_kind, e4m3, fold = matmul.variant_of(kind, code_form)
+    tile = matmul_tile(target, kernel_kind, rows)
+    codes = dtype if kind == "plain" else torch.uint8 if code_form == "e4m3" else torch.int8
+    types = {n: "i32" for n in matmul._w4_matmul.arg_names} | {"x": POINTERS[codes]}
+    types |= {n: "*fp32" for n in ("x_scales", "lowrank", "channel_scale", "shift_bias")}
+    types |= {"codes": "*u8", "scales": "*u8" if kind == "plain" else "*bf16", "up": "*bf16"}
+    types |= {n: POINTERS[dtype] for n in ("bias", "out", "residual", "gate")}
+    switches = {n: bool(flags.get(n)) for n in ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")}
+    constants = {
+        "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": min(rank & -rank, 64),
+        "SEGMENTS": segments, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": 8, "EMULATE": False, **switches,
+    }  # fmt: skip
+    operands = "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "fp16" if dtype == torch.float16 else "bf16"
+    wanted = instruction(target, operands)
+    return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, wanted)
+
+
+def linear_variant(target, dtype, rows) -> Variant:
+    tile = linear_tile(target, rows)
+    types = {n: "i32" for n in linear._w4a16_linear.arg_names} | {"x": POINTERS[dtype], "out": POINTERS[dtype]}
+    types |= {"codes": "*u8", "scales": "*bf16", "zeros": "*bf16", "bias": "*fp32"}
+    constants = {"x_col": 1, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "EMULATE": False}
+    return Variant(f"w4a16_linear M={rows}", linear._w4a16_linear, types, constants, tile.warps, tile.stages, None)
+
+
+def variants(target: Target) -> list[Variant]:
+    """What this target would be asked to run; every constexpr branch of every kernel appears somewhere."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    if not target.has_dot:
+        return [
+            quantize_variant("exact, no low rank", target, fp16, "int", 7, False, norm=True, ranks=0),
+            linear_variant(target, fp16, 1),
+            linear_variant(target, fp16, 4),
+        ]
+    form = "e4m3" if target.e4m3_dot else "int8"
+    row = target.e4m3_dot
+    endings = {"GATE": True, "ACCUMULATE": True}
+    found = [
+        quantize_variant("exact, norm", target, bf16, "int", 7, row, norm=True),
+        quantize_variant("exact unsigned, rank 128", target, fp16, "int", 15, row, norm=False, ranks=128, unsigned=True, ragged=True),
+        quantize_variant("nvfp4 exact, norm", target, bf16, "nvfp4", 0, False, norm=True, ranks=64),
+        quantize_variant("fast, norm", target, bf16, "e4m3" if row else "int", 0 if row else 127, row, norm=True),
+        matmul_variant("exact", target, bf16, "int4", form, 4608),
+        matmul_variant("exact M=1, gelu", target, bf16, "int4", form, 1, GELU=True),
+        matmul_variant("fast, two segments, gelu", target, bf16, "e4m3" if row else "int8", form, 4608, segments=2, GELU=True),
+        matmul_variant("fast, gate", target, fp16, "e4m3" if row else "int8", form, 4608, HAS_SHIFT=True, **endings),
+        matmul_variant("nvfp4", target, bf16, "plain", form, 4608, HAS_CHANNEL=True, rank=128),
+        matmul_variant("nvfp4 fp16", target, fp16, "plain", form, 512),
+        linear_variant(target, bf16, 1),
+        linear_variant(target, bf16, 4),
+    ]
+    return found
+
+
+def spilled(compiled, target: Target) -> int:
+    """Bytes or registers spilled: stack and local memory of a cubin, .vgpr_spill_count of amdgcn."""
+    if target.name.startswith("gfx"):
+        return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def check(variant: Variant, target: Target) -> dict:
+    row = {"target": target.name, "kernel": variant.name, "error": None}
+    start = time.time()
+    try:
+        compiled = compile_variant(variant, target)
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
+    text = compiled.asm["amdgcn" if target.name.startswith("gfx") else "ptx"]
+    wanted = variant.instruction
+    return row | {
+        "instruction": wanted, "found": wanted is None or re.search(wanted, text) is not None, "spilled": spilled(compiled, target),
+        "shared": compiled.metadata.shared, "limit": target.shared, "seconds": round(time.time() - start, 2),
+    }  # fmt: skip
+
+
+def main(names: list[str]) -> None:
+    targets = [cuda_target(c) for c in CUDA] + [hip_target(a) for a in HIP]
+    for target in targets:
+        if names and target.name not in names:
+            continue
+        for variant in variants(target):
+            print(json.dumps(check(variant, target)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""RMSNorm and RoPE of q and k: the oracle against a straight fp64 formula, the kernel (interpreter) against the oracle."""
+
+import pytest
+import torch
+
+
+from tonfa.kernels.qk_norm_rope import qk_norm_rope_
+from tonfa.kernels.qk_norm_rope_torch import qk_norm_rope_torch
+
+
+def inputs(batch, length, heads, dim, dtype, extra=0, pe_batch=1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, length, 3 * heads * dim + extra, generator=g).to(dtype)
+    angle = torch.rand(pe_batch, 1, length, dim // 2, generator=g) * 6
+    pe = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), -1).unflatten(-1, (2, 2))
+    return qkv, torch.rand(dim, generator=g) + 0.5, torch.rand(dim, generator=g) + 0.5, pe
+
+
+def formula(qkv, scales, pe, heads):
+    """fp64, head by head, no rounding."""
+    out, dim = qkv.double().clone(), scales[0].shape[0]
+    for i, scale in enumerate(scales):
+        for h in range(heads):
+            at = slice((i * heads + h) * dim, (i * heads + h + 1) * dim)
+            x = out[..., at]
+            x = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * scale.double()
+            c, s = pe[:, 0, :, :, 0, 0].double(), pe[:, 0, :, :, 1, 0].double()
+            even, odd = x[..., 0::2], x[..., 1::2]
+            out[..., at] = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
+    return out
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
+def test_oracle_is_the_formula(dtype, tolerance):
+    qkv, q, k, pe = inputs(2, 5, 3, 64, dtype, extra=7)
+    want = formula(qkv, (q, k), pe, 3)
+    got = qk_norm_rope_torch(qkv.clone(), q, k, pe, 3)
+    assert (got.double() - want).norm() / want.norm() < tolerance
+    assert torch.equal(got[..., 2 * 3 * 64 :], qkv[..., 2 * 3 * 64 :]), "v and what follows it stay as they were"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch, pe_batch, heads, dim", [(1, 1, 2, 64), (2, 1, 3, 128), (2, 2, 1, 32)])
+def test_kernel_equals_oracle(interpreter, dtype, batch, pe_batch, heads, dim):
+    qkv, q, k, pe = inputs(batch, 5, heads, dim, dtype, extra=16, pe_batch=pe_batch)
+    want = qk_norm_rope_torch(qkv.clone(), q, k, pe, heads)
+    whole = qkv.clone()
+    got = qk_norm_rope_(whole[..., : 3 * heads * dim], q, k, pe, heads)
+    assert got.data_ptr() == whole.data_ptr(), "in place"
+    difference = (whole.float() - want.float()).norm() / want.float().norm()
+    assert difference < (1e-6 if dtype == torch.float32 else 2e-3)
+    assert torch.equal(whole[..., 2 * heads * dim :], qkv[..., 2 * heads * dim :])
+
+
+def test_a_head_size_that_is_no_power_of_two_takes_the_torch_path():
+    qkv, q, k, pe = inputs(1, 3, 2, 48, torch.float32)
+    want = formula(qkv, (q, k), pe, 2)
+    got = qk_norm_rope_(qkv.clone(), q, k, pe, 2)
+    assert (got.double() - want).norm() / want.norm() < 1e-6

@@ -1,0 +1,151 @@
+"""PackedLinear: every way of calling it against the dense linear it stands for, and against its own parts."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tonfa.kernels import layout
+from tonfa.kernels.norm_modulate import Norm
+from tonfa.models.linear import Ending, PackedLinear, PlainLinear
+from tonfa.models.runtime import Runtime
+
+TOLERANCE = {"weight_only": 1e-5, "exact": 0.25, "fast": 0.05}  # random codes on Gaussian input; what 4 and 8 bits may cost
+
+
+def layer(n, k, rank=16, seed=0, unsigned=False, smooth=None, precision="int4"):
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), generator=g, dtype=torch.uint8)
+    group = 64 if precision == "int4" else 16
+    scales = torch.rand(n, k // group, generator=g) * 0.02 + 0.01
+    scales = scales.to(torch.bfloat16) if precision == "int4" else (scales * 100).to(torch.float8_e4m3fn)
+    if smooth is None:
+        smooth = (torch.rand(k, generator=g) + 0.5).to(torch.bfloat16)
+    low = {"down": (torch.randn(rank, k, generator=g) * 0.05).bfloat16(), "up": (torch.randn(n, rank, generator=g) * 0.2).bfloat16()}
+    channel = torch.rand(n, generator=g) * 0.02 + 0.005 if precision == "nvfp4" else None
+    bias = torch.randn(n, generator=g).bfloat16()
+    return layout.LogicalLinear(precision, codes, scales, smooth=smooth, bias=bias, act_unsigned=unsigned, channel_scale=channel, **low)
+
+
+def module(parts, out_features, in_features, bias, code_form="int8"):
+    spec = layout.plan(out_features, in_features, parts, code_form)
+    return PackedLinear(spec, layout.pack(spec, [p for p, _, _ in parts]), bias, Runtime())
+
+
+def single(n=256, k=128, code_form="int8", **kw):
+    part = layer(n, k, **kw)
+    return module([(part, 0, 0)], n, k, part.bias, code_form), layout.dense_weight(part), layout.dense_bias(part)
+
+
+def relative(got, want):
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def gelu_like(*shape):
+    return F.gelu(torch.randn(*shape, generator=torch.Generator().manual_seed(3)), approximate="tanh")
+
+
+@pytest.mark.parametrize("mode", TOLERANCE)
+@pytest.mark.parametrize("code_form", ["int8", "e4m3"])
+@pytest.mark.parametrize("kw", [{}, {"unsigned": True}, {"precision": "nvfp4"}, {"n": 200, "k": 192}])
+def test_is_the_dense_linear(mode, code_form, kw):
+    m, weight, bias = single(code_form=code_form, **kw)
+    x = gelu_like(2, 9, m.in_features) if kw.get("unsigned") else torch.randn(2, 9, m.in_features)
+    assert relative(m(x, mode), F.linear(x, weight, bias)) < TOLERANCE[mode]
+
+
+@pytest.mark.parametrize("mode", TOLERANCE)
+@pytest.mark.parametrize("equal_smooth", [True, False])
+def test_linear1_of_two_layers(mode, equal_smooth):
+    a = layer(384, 128, seed=1)
+    b = layer(512, 128, rank=32, seed=2, smooth=a.smooth if equal_smooth else None)
+    parts = [(layout.stack_rows(a, b), 0, 0)] if equal_smooth else [(a, 0, 0), (b, 384, 0)]
+    m = module(parts, 896, 128, torch.cat((a.bias, b.bias)))
+    x = torch.randn(1, 7, 128)
+    want = torch.cat([F.linear(x, layout.dense_weight(p), p.bias.float()) for p in (a, b)], -1)
+    assert relative(m(x, mode), want) < TOLERANCE[mode]
+    ended = m.run(x, mode, ending=Ending(gelu_from=384))
+    assert relative(ended[..., :384], want[..., :384]) < TOLERANCE[mode]
+    assert relative(ended[..., 384:], F.gelu(m(x, mode)[..., 384:], approximate="tanh")) < 1e-5
+
+
+@pytest.mark.parametrize("mode", TOLERANCE)
+def test_linear2_of_a_signed_and_an_unsigned_part(mode):
+    a, b = layer(128, 128, seed=1), layer(128, 512, seed=2, unsigned=True)
+    m = module([(a, 0, 0), (b, 0, 128)], 128, 640, b.bias)
+    attn, h = torch.randn(2, 5, 128), gelu_like(2, 5, 512)
+    want = F.linear(attn, layout.dense_weight(a)) + F.linear(h, layout.dense_weight(b), layout.dense_bias(b))
+    assert relative(m(torch.cat((attn, h), -1), mode), want) < TOLERANCE[mode]
+    assert relative(m.run([attn, h], mode), want) < TOLERANCE[mode]
+
+
+@pytest.mark.parametrize("mode", TOLERANCE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_neighbours_fused_equal_the_same_steps_apart(mode, dtype):
+    m, _, _ = single(n=256, k=128)
+    g = torch.Generator().manual_seed(5)
+    x, residual = torch.randn(2, 6, 128, generator=g).to(dtype), torch.randn(2, 6, 256, generator=g).to(dtype)
+    shift, scale, gate = (torch.randn(2, n, generator=g).to(dtype) for n in (128, 128, 256))
+    normed = (F.layer_norm(x.float(), (128,), eps=1e-6) * (1 + scale[:, None].float()) + shift[:, None].float()).to(dtype)
+    want = torch.addcmul(residual, m(normed, mode), gate[:, None])
+    got = m.run(x, mode, norm=Norm(shift, scale, 6), ending=Ending(gate=gate, residual=residual))
+    assert got.dtype == dtype
+    assert relative(got, want) < (1e-5 if dtype == torch.float32 else 3e-3) * (3 if mode == "exact" else 1)
+
+
+@pytest.mark.parametrize("mode", TOLERANCE)
+def test_writes_where_it_is_told(mode):
+    m, _, _ = single(n=128, k=128)
+    for batch in (1, 2):
+        x = torch.randn(batch, 5, 128)
+        whole = torch.full((batch, 9, 200), 7.0)
+        m.run(x, mode, out=whole[:, 2:7, :128])
+        assert relative(whole[:, 2:7, :128], m.run(x, mode)) < 1e-6
+        assert (whole[:, :2] == 7).all() and (whole[:, 7:] == 7).all() and (whole[..., 128:] == 7).all()
+
+
+@pytest.mark.parametrize("mode", TOLERANCE)
+def test_side_branches_are_added_before_the_ending(mode):
+    m, _, _ = single(n=128, k=128)
+    x = torch.randn(1, 5, 128)
+    down, up, delta = torch.randn(4, 128) * 0.2, torch.randn(128, 4) * 0.2, torch.randn(128, 128) * 0.02
+    want = F.gelu(m(x, mode) + F.linear(F.linear(x, down), up) + F.linear(x, delta), approximate="tanh")
+    m.set_side(down, up, delta)
+    assert m.side_nbytes() == (4 * 128 * 2 + 128 * 128) * 4
+    assert relative(m.run(x, mode, ending=Ending(gelu_from=0)), want) < 1e-5
+    m.set_side()
+    assert m.side_nbytes() == 0
+
+
+def test_float16_compute_keeps_a_bias_that_float16_cannot_hold():
+    part = layer(128, 128)
+    bias = part.bias.clone()
+    bias[3] = 1e5
+    m = module([(part, 0, 0)], 128, 128, bias)
+    x = torch.randn(1, 4, 128).half()
+    m(x, "fast")
+    assert m.bias[3] > 65504, "the parameter keeps the file's type"
+    gate, residual = torch.full((1, 128), 1e-3).half(), torch.zeros(1, 4, 128).half()
+    assert torch.isinf(m(x, "fast")[..., 3]).all() or (m(x, "fast")[..., 3] >= 65504).all(), "float16 itself ends there, in the open"
+    assert m.run(x, "fast", ending=Ending(gate=gate, residual=residual)).dtype == torch.float16
+
+
+def test_what_the_host_asks_of_a_leaf():
+    m, weight, bias = single(unsigned=True)
+    assert m.comfy_cast_weights is False and m.weight_function == [] and m.bias_function == []
+    assert m.weight.dtype == torch.uint8 and m.weight.ndim == 1 and sorted(m.state_dict()) == ["bias", "weight"]
+    assert torch.equal(m.convert_weight(m.weight.float()), weight), "the host casts bytes to float before it converts"
+    dense, dense_bias = m.dense()
+    assert torch.equal(dense, weight) and torch.allclose(dense_bias, bias)
+    with pytest.raises(RuntimeError, match="cannot be overwritten"):
+        m.set_weight(weight)
+
+
+def test_plain_linear_has_the_same_calling_form():
+    m = PlainLinear(torch.randn(64, 32), torch.randn(64), Runtime())
+    x, shift, scale = torch.randn(2, 5, 32), torch.randn(2, 32), torch.randn(2, 32)
+    normed = F.layer_norm(x, (32,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    got = m.run(x, "exact", norm=Norm(shift, scale, 5), ending=Ending(gelu_from=16))
+    want = F.linear(normed, m.weight, m.bias)
+    want = torch.cat((want[..., :16], F.gelu(want[..., 16:], approximate="tanh")), -1)
+    assert relative(got, want) < 1e-5
+    assert relative(m.run([x[..., :10], x[..., 10:]], "fast"), F.linear(x, m.weight, m.bias)) < 1e-6
