@@ -43,31 +43,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def show_inspection(facts: dict) -> None:
-    """Prints nested facts, one a line, nested ones indented."""
-
-    def lines(value: object, depth: int) -> None:
-        for name, item in value.items():
-            if isinstance(item, dict):
-                print("  " * depth + f"{name}:")
-                lines(item, depth + 1)
-            else:
-                print("  " * depth + f"{name}: {', '.join(map(str, item)) if isinstance(item, (list, tuple)) else item}")
-
-    lines(facts, 0)
-
-
 def run(options: argparse.Namespace) -> int:
     if options.command == "doctor":
         from tonfa.models import doctor
 
         return doctor.report(as_json=options.json)
     if options.command == "inspect":
-        from tonfa.models.inspect import inspect
-
-        facts = inspect(options.file)
-        print(json.dumps(facts, indent=2)) if options.json else show_inspection(facts)
-        return 0
+        return inspect(options.file, options.json)
     if options.command == "dequantize":
         return dequantize(options.input, options.output)
     if options.inside_comfyui:
@@ -79,6 +61,22 @@ def run(options: argparse.Namespace) -> int:
 
     demo.run(options.out, use_comfyui=not options.no_comfyui)
     return 0
+
+
+def inspect(file: Path, as_json: bool) -> int:
+    """Prints what a file is. Status 2 for one that cannot be read or is damaged; another model's good file is status 0."""
+    from tonfa.models.inspect import format_report
+    from tonfa.models.inspect import inspect as look
+
+    facts = look(file)
+    broken = facts["family"] == "unreadable" or (facts["family"] == "flux" and not facts["usable"])
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    elif broken:
+        print(f"{PROGRAM}: {facts['sentence']}", file=sys.stderr)
+    else:
+        print(format_report(facts))
+    return 2 if broken else 0
 
 
 def dequantize(source: Path, target: Path) -> int:
@@ -105,6 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return run(options)
+    except BrokenPipeError:  # the reader of our output, `| head` for one, has had enough
+        sys.stdout = None
+        return 0
     except (CheckpointError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2

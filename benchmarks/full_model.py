@@ -109,7 +109,8 @@ def run(checkpoint: str, compute: str, pixels: int, steps: int, report: Report) 
     before = torch.cuda.memory_allocated()
     report.add("GPU memory left over by loading", (before - base) / 2**20, 100, "MiB")
     start = time.time()
-    mm.load_models_gpu([model])
+    with torch.inference_mode():
+        mm.load_models_gpu([model])
     torch.cuda.synchronize()
     report.add("move to GPU seconds", time.time() - start, None, "s")
     grown = torch.cuda.memory_allocated() - before

@@ -1,6 +1,7 @@
 """LayerNorm without parameters, then modulation: m = LN(x) * (1 + scale) + shift, in fp32, rounded once.
 
-This is the plain path; on the fused path the same arithmetic is the prologue of smooth_quantize.
+On the fused path the same arithmetic is the prologue of smooth_quantize; the kernel here (norm_modulate_triton.py) shares it, so that the plain
+path has the same bits.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .targets import triton_reason
 
 
 @dataclass(eq=False)
@@ -37,6 +40,15 @@ def batch_rows(values: Tensor, rows: int, rows_per_batch: int) -> Tensor:
 
 
 def norm_modulate(x: Tensor, norm: Norm) -> Tensor:
+    """x [M, K] of any strides, bf16, fp16 or fp32 -> [M, K] of the same type."""
+    if triton_reason(x.device) is not None:
+        return norm_modulate_torch(x, norm)
+    from .norm_modulate_triton import norm_modulate_triton
+
+    return norm_modulate_triton(x, norm)
+
+
+def norm_modulate_torch(x: Tensor, norm: Norm) -> Tensor:
     """x [M, K] of any strides, bf16, fp16 or fp32 -> [M, K] of the same type. Biased variance, eps inside the root."""
     v = x.float()
     centred = v - v.mean(dim=1, keepdim=True)

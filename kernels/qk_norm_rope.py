@@ -8,10 +8,10 @@ from .qk_norm_rope_torch import check_qkv, qk_norm_rope_torch
 from .targets import triton_reason
 
 
-def qk_norm_rope_(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, pe: Tensor, heads: int, eps: float = 1e-6) -> Tensor:
+def qk_norm_rope_(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, pe: Tensor | None, heads: int, eps: float = 1e-6) -> Tensor:
     """In place on qkv [B, L, >= 2 * heads * D] (last dimension contiguous; q heads, then k heads; the rest is untouched); returns it.
 
-    query_scale, key_scale [D]; pe [B|1, 1, L, D/2, 2, 2] fp32. A head size that is no power of two takes the torch path.
+    query_scale, key_scale [D]; pe [B|1, 1, L, D/2, 2, 2] fp32, None for the norm alone. A head size that is no power of two takes the torch path.
     Raises ValueError when the shapes do not fit each other.
     """
     check_qkv(qkv, query_scale, key_scale, pe, heads)

@@ -13,7 +13,7 @@ from .targets import interpreting, launch_device
 @triton.jit
 def qk_norm_rope_kernel(
     qkv, query_scale, key_scale, pe, length, stride_b, stride_l, pe_stride_b, eps,
-    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr, EMULATE: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     row = tl.program_id(0)
@@ -32,21 +32,26 @@ def qk_norm_rope_kernel(
         scale = key_scale + 2 * pair
     x0 = rounded(x0 * rstd * tl.load(scale)[None, :], DTYPE, EMULATE)
     x1 = rounded(x1 * rstd * tl.load(scale + 1)[None, :], DTYPE, EMULATE)
-    table = pe + batch * pe_stride_b + token * (2 * D) + 4 * pair
-    y0 = tl.load(table)[None, :] * x0 + tl.load(table + 1)[None, :] * x1
-    y1 = tl.load(table + 2)[None, :] * x0 + tl.load(table + 3)[None, :] * x1
-    tl.store(at, storable(y0, DTYPE, EMULATE), live)
-    tl.store(at + 1, storable(y1, DTYPE, EMULATE), live)
+    if ROPE:
+        table = pe + batch * pe_stride_b + token * (2 * D) + 4 * pair
+        y0 = tl.load(table)[None, :] * x0 + tl.load(table + 1)[None, :] * x1
+        y1 = tl.load(table + 2)[None, :] * x0 + tl.load(table + 3)[None, :] * x1
+        x0 = y0
+        x1 = y1
+    tl.store(at, storable(x0, DTYPE, EMULATE), live)
+    tl.store(at + 1, storable(x1, DTYPE, EMULATE), live)
 
 
-def qk_norm_rope_triton(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, pe: Tensor, heads: int, eps: float) -> Tensor:
+def qk_norm_rope_triton(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, pe: Tensor | None, heads: int, eps: float) -> Tensor:
     """In place on qkv; arguments as `qk_norm_rope_`, already checked."""
     batch, length = qkv.shape[:2]
-    pe = pe.float().contiguous()
+    rope = pe is not None
+    pe = pe.float().contiguous() if rope else query_scale  # a stand-in that is never read
     with launch_device(qkv.device):
         qk_norm_rope_kernel[(batch * length, 2)](
             qkv, query_scale.float().contiguous(), key_scale.float().contiguous(), pe, length, qkv.stride(0), qkv.stride(1),
-            0 if pe.shape[0] == 1 else pe.stride(0), eps,
-            HEADS=heads, BLOCK_H=triton.next_power_of_2(heads), D=query_scale.shape[0], EMULATE=interpreting(), num_warps=4,
+            pe.stride(0) if rope and pe.shape[0] > 1 else 0, eps,
+            HEADS=heads, BLOCK_H=triton.next_power_of_2(heads), D=query_scale.shape[0], ROPE=rope, EMULATE=interpreting(),
+            num_warps=4, enable_fp_fusion=False,  # products rounded before they are added, as in the plain path: the same bits
         )  # fmt: skip
     return qkv

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import SHIFT, PartView
-from .norm_modulate import Norm, norm_modulate, round_to
+from .norm_modulate import Norm, norm_modulate_torch, round_to
 
 
 @dataclass(eq=False)
@@ -92,7 +92,7 @@ def smooth_quantize_torch(x: Tensor, part: PartView, mode: str, norm: Norm | Non
     """x [M, K] (any strides) -> QuantizedInput for `part`. Raises ValueError as `check_input`."""
     check_input(x, part, mode, norm)
     spec, dtype = part.spec, x.dtype
-    m = x if norm is None else norm_modulate(x, norm)
+    m = x if norm is None else norm_modulate_torch(x, norm)
     lowrank = None if part.down is None else m.float() @ part.down[: spec.k].float()
     shifted = spec.act_unsigned and mode == "exact"
     v = m.float() + SHIFT if shifted else m.float()

@@ -78,7 +78,7 @@ def _gelu_tanh(y):
 @triton.jit
 def _add_lowrank(acc, lowrank, up, n, m, seg, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, EMULATE: tl.constexpr):
     """acc [BN, BM] + up @ h^T, h fp32 in two bf16 halves."""
-    for r in tl.static_range(0, RANK, RB):
+    for r in tl.range(0, RANK, RB, num_stages=1):
         ranks = r + tl.arange(0, RB)
         u = tl.load(up + n[:, None] * RANK + ranks[None, :]).to(tl.float32)
         h = tl.load(lowrank + m.to(tl.int64)[None, :] * ROWS + (seg * RANK + ranks)[:, None])
@@ -228,7 +228,7 @@ def w4_matmul_triton(
             rows, spec.n, spec.n_padded, spec.k_padded, out.stride(0), out.stride(1),
             0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1),
             0 if gate is None else gate.stride(0), min(rows_per_batch, rows), gelu_from or 0, *starts,
-            KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RANK=rank, RB=rank & -rank if rank & -rank < 64 else 64, SEGMENTS=len(spec.segments),
+            KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RANK=rank, RB=min(rank & -rank, 32), SEGMENTS=len(spec.segments),
             HAS_CHANNEL=part.channel_scale is not None, HAS_SHIFT=shift, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
             GELU=gelu_from is not None, GATE=gate is not None, BN=tile.bn, BM=tile.bm, GROUP_M=8, EMULATE=interpreting(),
             num_warps=tile.warps, num_stages=tile.stages,

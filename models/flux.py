@@ -123,6 +123,11 @@ def heads_first(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def qk_normed_(qkv: Tensor, norm: QKNorm, heads: int, pe: Tensor | None) -> Tensor:
+    """q and k heads of qkv [B, L, 3 * H * D] normed in place, and turned by pe where one is given."""
+    return qk_norm_rope_(qkv, norm.query_norm.scale_on(qkv.device), norm.key_norm.scale_on(qkv.device), pe, heads, EPS)
+
+
 def finite(x: Tensor) -> Tensor:
     """float16 overflow brought back to the largest number, as the host does after its blocks."""
     return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
@@ -233,8 +238,8 @@ class DoubleBlock(nn.Module):
     ) -> Tensor:
         parts = []
         for stream, x, mod, dims in ((self.txt_attn, txt, txt_mod, dims_txt), (self.img_attn, img, img_mod, dims_img)):
-            q, k, v = heads_first(stream.qkv(modulated(x, mod, dims), compute), self.num_heads)
-            parts.append((*stream.norm(q, k, v), v))
+            qkv = qk_normed_(stream.qkv(modulated(x, mod, dims), compute), stream.norm, self.num_heads, None)
+            parts.append(heads_first(qkv, self.num_heads))
         q, k, v = (torch.cat(t, 2) for t in zip(*parts, strict=True))
         return patched_attention(self.runtime, self.num_heads, q, k, v, pe, mask, options, [txt.shape[1], q.shape[2]])
 
@@ -299,15 +304,17 @@ class SingleBlock(nn.Module):
         inner = 3 * self.hidden_size
         if looked_into(vec, pe, attn_mask, modulation_dims, options):
             y = self.linear1(modulated(x, mod, modulation_dims), compute)
+            qk_normed_(y[..., :inner], self.norm, self.num_heads, None)
             q, k, v = heads_first(y[..., :inner], self.num_heads)
-            attn = patched_attention(self.runtime, self.num_heads, *self.norm(q, k, v), v, pe, attn_mask, options, options.get("img_slice"))
+            attn = patched_attention(self.runtime, self.num_heads, q, k, v, pe, attn_mask, options, options.get("img_slice"))
             h = torch.cat((attn, F.gelu(y[..., inner:], approximate="tanh")), 2)
             return finite(gated(x, self.linear2(h, compute), mod.gate, modulation_dims))
         y = self.linear1.run(x, compute, norm=_norm(x, mod), ending=Ending(gelu_from=inner))
-        query, key = self.norm.query_norm.scale_on(x.device), self.norm.key_norm.scale_on(x.device)
-        qk_norm_rope_(y[..., :inner], query, key, pe, heads=self.num_heads, eps=EPS)
+        qk_normed_(y[..., :inner], self.norm, self.num_heads, pe)
         attn = self.runtime.attend(*heads_first(y[..., :inner], self.num_heads), self.num_heads, None, options)
-        return finite(self.linear2.run([attn, y[..., inner:]], compute, ending=_residual(x, mod.gate)))
+        parts = [attn, y[..., inner:]]
+        del y, attn  # linear2 empties the list: at full size these two are most of the step's memory
+        return finite(self.linear2.run(parts, compute, ending=_residual(x, mod.gate)))
 
 
 # -- from a checkpoint ------------------------------------------------------------------------------------------------------------

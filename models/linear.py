@@ -6,7 +6,6 @@ to know of these. Formula of a part: y = Q(x / smooth) @ W4^T + (x @ down^T) @ u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +73,7 @@ class PlainLinear(Leaf):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def run(
-        self, x: Tensor | Sequence[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
+        self, x: Tensor | list[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
     ) -> Tensor:
         """As PackedLinear.run."""
         x = normalised(x, norm)
@@ -83,7 +82,7 @@ class PlainLinear(Leaf):
         return y if out is None else out.copy_(y)
 
 
-def normalised(x: Tensor | Sequence[Tensor], norm: Norm | None) -> Tensor:
+def normalised(x: Tensor | list[Tensor], norm: Norm | None) -> Tensor:
     """The linear's input as one tensor: parts joined along K, norm and modulation applied."""
     x = x if isinstance(x, Tensor) else torch.cat(tuple(x), -1)
     return x if norm is None else norm_modulate(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
@@ -122,11 +121,12 @@ class PackedLinear(Leaf):
         return y.view(*shape[:-1], self.out_features)
 
     def run(
-        self, x: Tensor | Sequence[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
+        self, x: Tensor | list[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
     ) -> Tensor:
         """The linear with its neighbours fused.
 
-        x: [B, L, K], or one [B, L, K_i] per part of a linear split along K. norm: LayerNorm and modulation of x before it.
+        x: [B, L, K], or a list of one [B, L, K_i] per part of a linear split along K, which is emptied so that the inputs can be freed
+        early. norm: LayerNorm and modulation of x before it.
         out: [B, L, N] to write to (any strides but a contiguous last dimension), else a new tensor. Returns [B, L, N] in x's type.
         """
         device = (x if isinstance(x, Tensor) else x[0]).device
@@ -142,30 +142,25 @@ class PackedLinear(Leaf):
     def is_modulation(self) -> bool:
         return self.spec.parts[0].precision == "w4a16"
 
-    def _split(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """One input per part."""
-        return [x[..., p.col_offset : p.col_offset + p.k] for p in self.spec.parts] if isinstance(x, Tensor) else list(x)
+    def _split(self, x: Tensor | list[Tensor]) -> list[Tensor]:
+        """One input per part. A given list is handed on as it is, to be emptied."""
+        return [x[..., p.col_offset : p.col_offset + p.k] for p in self.spec.parts] if isinstance(x, Tensor) else x
 
     def _fused(
-        self,
-        xs: list[Tensor],
-        parts: list[layout.PartView],
-        bias: Tensor | None,
-        compute: str,
-        norm: Norm | None,
-        ending: Ending,
-        out: Tensor | None,
+        self, xs: list[Tensor], parts: list[layout.PartView], bias: Tensor | None, compute: str, norm: Norm | None, ending: Ending, out: Tensor | None
     ) -> Tensor:
         batch, length = xs[0].shape[:2]
         rows = batch * length
+        inputs = []
+        for part in parts:  # all of them before the output exists, letting go of each input: the peak of a whole step is here
+            inputs.append(smooth_quantize(xs.pop(0).reshape(rows, -1), part, compute, norm))
         direct = out is not None and batch == 1
-        y = out[0] if direct else xs[0].new_empty(rows, self.out_features)
+        y = out[0] if direct else torch.empty(rows, self.out_features, dtype=inputs[0].dtype, device=inputs[0].codes.device)
         residual = None if ending.residual is None else ending.residual.reshape(rows, -1)
-        for i, (x, part) in enumerate(zip(xs, parts, strict=True)):
+        for i, (q, part) in enumerate(zip(inputs, parts, strict=True)):
             first, n = part.spec.row_offset, part.spec.n
             same_rows = [p.row_offset == first for p in self.spec.parts]
             last = not any(same_rows[i + 1 :])
-            q = smooth_quantize(x.reshape(rows, -1), part, compute, norm)
             w4_matmul(
                 q,
                 part,

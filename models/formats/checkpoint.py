@@ -71,7 +71,7 @@ class FluxCheckpoint:
         """
         if host.kind == "plain":
             raise ValueError(f"{host.name} is not quantised in this file; plain_tensors() gives it")
-        parts = [(self._load_layer(prefix, device), row, col) for prefix, row, col in host.parts]
+        parts = [(self.load_layer(prefix, device), row, col) for prefix, row, col in host.parts]
         if len(parts) == 1:
             return parts
         (a, row_a, col_a), (b, row_b, col_b) = parts
@@ -116,7 +116,8 @@ class FluxCheckpoint:
             make = partial(_load_plain_sum, biases) if columns else partial(_load_plain, biases, False)
             yield f"{host.name}.bias", shape[:1], biases[0].dtype, make
 
-    def _load_layer(self, prefix: str, device: str | torch.device) -> LogicalLinear:
+    def load_layer(self, prefix: str, device: str | torch.device = "cpu") -> LogicalLinear:
+        """One layer by its v1 prefix ("transformer_blocks.0.qkv_proj"), as the file has it. KeyError when it is not quantised."""
         spec = self._specs[prefix]
         load = partial(_load_layer_tensor, self.tensors, prefix, device)
         return _load_w4a16(spec, load) if spec.chunks else _load_w4a4(spec, self.precision, load)
@@ -162,7 +163,10 @@ def read_files(path: str | os.PathLike) -> tuple[list[TensorFile], dict[str, Ent
         for name, key in (("config.json", "config"), ("comfy_config.json", "comfy_config")):
             beside = paths[0].with_name(name)
             if beside.is_file():
-                metadata[key] = beside.read_text(encoding="utf-8", errors="replace")
+                try:
+                    metadata[key] = beside.read_text(encoding="utf-8", errors="replace")
+                except OSError as e:
+                    raise CheckpointError(f"{beside} cannot be read: {e.strerror or e}.") from e
     return files, entries, metadata
 
 

@@ -117,8 +117,12 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
 
     def load(self, device_to: torch.device | None = None, lowvram_model_memory: float = 0, *args: object, **kwargs: object) -> None:
         budget = lowvram_model_memory
-        if budget:  # 0 means no limit
-            budget = max(budget - self._planned_bytes(), 0.1)
+        if budget:  # 0 means no limit; else what is new of it is shared between weights and their branches
+            used = self.model.model_loaded_weight_memory
+            with self._hiding():
+                weights = self.model_size()
+                share = weights / max(weights + self._planned_bytes(), 1)
+            budget = max(used - self._resident_bytes() + (budget - used) * share, 0.1)
         with self._hiding():
             super().load(device_to, budget, *args, **kwargs)
         self._attach()
@@ -135,14 +139,21 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
             self.model.current_weight_patches_uuid = self.patches_uuid
         return super().partially_load(device_to, extra_memory, *args, **kwargs)
 
-    def partially_unload(self, device_to: torch.device, *args: object, **kwargs: object) -> int:
-        before = self._resident_bytes()
-        with self._hiding():
-            freed = super().partially_unload(device_to, *args, **kwargs)
-        released = before - self._resident_bytes()
+    def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *args: object, **kwargs: object) -> int:
+        """As the host's; each layer that goes takes its branch along, and both count."""
+        freed, used = 0, max(self.model.model_loaded_weight_memory, 1)
+        share = 1 - self._resident_bytes() / used
+        for asked in (memory_to_free * share, None):  # the second time for what the first left, when branches are unevenly spread
+            before = self._resident_bytes()
+            with self._hiding():
+                freed += super().partially_unload(device_to, memory_to_free - freed if asked is None else asked, *args, **kwargs)
+            released = before - self._resident_bytes()
+            self.model.model_loaded_weight_memory -= released
+            freed += released
+            if freed >= memory_to_free or not self._resident_bytes():
+                break
         self._place()
-        self.model.model_loaded_weight_memory -= released
-        return freed + released
+        return freed
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True, **kwargs: object) -> None:
         super().unpatch_model(device_to, unpatch_weights, **kwargs)

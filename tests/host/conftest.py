@@ -1,4 +1,4 @@
-"""Starts ComfyUI's modules in this process, on the CPU, with an empty base directory. Without a ComfyUI the folder is one skipped item that says so."""
+"""Starts ComfyUI's modules in this process, on the CPU, with an empty base directory. Without a ComfyUI: one skipped item that says so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import tempfile
 
 import pytest
-
 from tonfa.models.comfyui import find_comfyui
 
 HOST = find_comfyui()  # raises when COMFYUI_PATH is set to something that is no ComfyUI
@@ -29,6 +28,7 @@ def start_host() -> str:
 
         comfy.options.enable_args_parsing()
         import comfy.cli_args  # noqa: F401
+
         import nodes  # noqa: F401  the host's
     finally:
         sys.argv = argv

@@ -11,14 +11,14 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
-import nodes
 import torch
-from torch import Tensor
-
-from tonfa.kernels.layout import dense_bias, dense_weight
+from tonfa.models.dequantize import dense_state_dict
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.formats.writer import write_flux
 from tonfa.nodes.host.shell import Placement, load_flux, unet_config
+from torch import Tensor
+
+import nodes
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -41,7 +41,7 @@ def snr(got: Tensor, wanted: Tensor) -> float:
     return -20 * torch.log10(torch.tensor(max(rel(got, wanted), 1e-12))).item()
 
 
-# -- models ------------------------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------------------------------------
 
 
 def random_state(config: dict, seed: int = 0) -> dict[str, Tensor]:
@@ -82,34 +82,23 @@ def loaded(path: Path, compute: str = "weight_only"):
 
 
 def dense_state(path: Path) -> dict[str, Tensor]:
-    """The checkpoint's weights in fp32 under native names, straight from its logical layers (not through the packed layout)."""
-    checkpoint = open_checkpoint(path)
-    state = {name: t.float().clone() for name, t in checkpoint.plain_tensors()}
-    for linear in checkpoint.host_linears():
-        if linear.kind == "plain":
-            continue
-        weight, bias = torch.zeros(linear.out_features, linear.in_features), torch.zeros(linear.out_features)
-        for layer, row, col in checkpoint.load_linear(linear):
-            weight[row : row + layer.n, col : col + layer.k] = dense_weight(layer)
-            if layer.bias is not None:
-                bias[row : row + layer.n] += dense_bias(layer)
-        state[f"{linear.name}.weight"], state[f"{linear.name}.bias"] = weight, bias
-    return state
+    """The checkpoint's weights in fp32 under native names, as `dequantize` makes them: from the logical layers, not the packed layout."""
+    return dict(dense_state_dict(open_checkpoint(path), torch.float32))
 
 
-def twin(path: Path) -> comfy.model_patcher.ModelPatcher:
-    """The same weights, dense in fp32, in the host's own FLUX under its own patcher."""
+def twin(path: Path, dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
+    """The same weights, dense, in the host's own FLUX under its own patcher."""
     checkpoint = open_checkpoint(path)
     schnell = checkpoint.model_class == "FluxSchnell"
     config = (comfy.supported_models.FluxSchnell if schnell else comfy.supported_models.Flux)(unet_config(checkpoint))
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device=CPU)
     with torch.inference_mode():
         model.diffusion_model.load_state_dict(model.model_config.process_unet_state_dict(dense_state(path)), strict=True)
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
-# -- sampling ----------------------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------------------------------------
 
 
 def conditioning(tokens: int = 12, seed: int = 3, **extra: object) -> list:

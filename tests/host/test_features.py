@@ -1,4 +1,4 @@
-"""Everything that reaches FLUX through the host's forward: each feature against the dense twin in the host's own class, and against not using it."""
+"""What reaches FLUX through the host's forward: each feature against the dense twin in the host's own class, and against not using it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import inspect
 import comfy.controlnet
 import comfy.ldm.flux.layers
 import comfy.patcher_extension
-import nodes
 import pytest
 import torch
 from comfy_extras import nodes_easycache, nodes_model_advanced
+
+import nodes
 
 from .lab import conditioning, loaded, made, rel, sample, snr, twin
 
@@ -47,7 +48,7 @@ def test_the_twins_agree_and_the_sampler_gives_the_same_bits_twice(pair):
     assert torch.equal(pair.plain, sample(pair.ours))
 
 
-# -- conditioning ----------------------------------------------------------------------------------------------------------------------
+# -- conditioning ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [None, "offset", "index", "uxo"])
@@ -132,7 +133,7 @@ def test_empty_latents_of_four_channels_are_fixed_up(pair):
     assert sample(pair.ours, latent={"samples": torch.zeros(1, 4, 8, 12)}).shape[1] == 16
 
 
-# -- patches ---------------------------------------------------------------------------------------------------------------------------
+# -- patches ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_model_sampling_flux(pair):

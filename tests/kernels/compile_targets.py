@@ -99,7 +99,7 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segme
     types |= {n: POINTERS[dtype] for n in ("bias", "out", "residual", "gate")}
     switches = {n: bool(flags.get(n)) for n in ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")}
     constants = {
-        "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": min(rank & -rank, 64),
+        "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": min(rank & -rank, 32),
         "SEGMENTS": segments, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": 8, "EMULATE": False, **switches,
     }  # fmt: skip
     operands = "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "fp16" if dtype == torch.float16 else "bf16"

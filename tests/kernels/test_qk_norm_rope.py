@@ -57,3 +57,22 @@ def test_a_head_size_that_is_no_power_of_two_takes_the_torch_path():
     want = formula(qkv, (q, k), pe, 2)
     got = qk_norm_rope_(qkv.clone(), q, k, pe, 2)
     assert (got.double() - want).norm() / want.norm() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_positions_it_is_the_norm_alone(interpreter, dtype):
+    qkv, q, k, pe = inputs(2, 5, 3, 64, dtype)
+    still = torch.zeros_like(pe)
+    still[..., 0, 0] = still[..., 1, 1] = 1
+    want = qk_norm_rope_torch(qkv.clone(), q, k, still, 3)
+    assert torch.equal(qk_norm_rope_torch(qkv.clone(), q, k, None, 3), want)
+    got = qk_norm_rope_(qkv.clone(), q, k, None, 3)
+    assert (got.float() - want.float()).norm() / want.float().norm() < 1e-3
+
+
+def test_shapes_that_do_not_fit_are_named():
+    qkv, q, k, pe = inputs(2, 5, 3, 64, torch.float32)
+    with pytest.raises(ValueError, match="qkv has shape"):
+        qk_norm_rope_(qkv, q, k, pe, 6)
+    with pytest.raises(ValueError, match="pe has shape"):
+        qk_norm_rope_(qkv, q, k, pe[:, :, :4], 3)

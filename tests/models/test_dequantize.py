@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-
 from tonfa.models import dequantize as dq
 from tonfa.models.formats.checkpoint import CheckpointError, open_checkpoint
 
@@ -49,9 +48,10 @@ def test_close_to_the_true_weights(name):
         assert error < 0.2, (native, error)
     mod = truth[d + "norm1.linear.bias"].float()
     assert (got["double_blocks.0.img_mod.lin.bias"] - mod).abs().max() < 0.02  # bf16 of bias + 1
-    fc2 = truth[d + "mlp_fc2.bias"].float()
-    fc2_error = (got["double_blocks.0.img_mlp.2.bias"] - fc2).abs().mean()
-    assert fc2_error < 0.1 * fc2.abs().mean() + 0.05, fc2_error
+    for native, layer in (("double_blocks.0.img_mlp.2", d + "mlp_fc2"), ("single_blocks.0.linear2", s + "mlp_fc2")):
+        bias = truth[layer + ".bias"].float()
+        # quantised row sums leave a third of the bias's size; with the compensation still in, it is one and a half times that size
+        assert (got[f"{native}.bias"] - bias).abs().mean() < 0.5 * bias.abs().mean()
 
 
 @pytest.mark.parametrize("name", ff.MINI)

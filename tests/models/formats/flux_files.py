@@ -14,12 +14,21 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 MINI = ["mini_flux_int4", "mini_flux_nvfp4", "mini_flux_int4_hd128"]
 V2 = {
     "transformer_blocks": {
-        "qkv_proj": "attn.to_qkv", "qkv_proj_context": "attn.add_qkv_proj", "out_proj": "attn.to_out.0", "out_proj_context": "attn.to_add_out",
-        "mlp_fc1": "ff.net.0.proj", "mlp_fc2": "ff.net.2", "mlp_context_fc1": "ff_context.net.0.proj", "mlp_context_fc2": "ff_context.net.2",
-        "norm_q": "attn.norm_q", "norm_k": "attn.norm_k", "norm_added_q": "attn.norm_added_q", "norm_added_k": "attn.norm_added_k",
+        "qkv_proj": "attn.to_qkv",
+        "qkv_proj_context": "attn.add_qkv_proj",
+        "out_proj": "attn.to_out.0",
+        "out_proj_context": "attn.to_add_out",
+        "mlp_fc1": "ff.net.0.proj",
+        "mlp_fc2": "ff.net.2",
+        "mlp_context_fc1": "ff_context.net.0.proj",
+        "mlp_context_fc2": "ff_context.net.2",
+        "norm_q": "attn.norm_q",
+        "norm_k": "attn.norm_k",
+        "norm_added_q": "attn.norm_added_q",
+        "norm_added_k": "attn.norm_added_k",
     },
     "single_transformer_blocks": {"qkv_proj": "attn.to_qkv", "out_proj": "attn.to_out", "norm_q": "attn.norm_q", "norm_k": "attn.norm_k"},
-}  # fmt: skip
+}
 V2_SUFFIX = {"lora_down": "proj_down", "lora_up": "proj_up", "smooth": "smooth_factor", "smooth_orig": "smooth_factor_orig"}
 
 
@@ -52,7 +61,7 @@ def deeper(tensors, double, single):
     for stack, count in (("transformer_blocks.", double), ("single_transformer_blocks.", single)):
         for key, t in tensors.items():
             if key.startswith(stack):
-                out |= {key.replace(f"{stack}0.", f"{stack}{i}.", 1): t for i in range(count)}
+                out |= {key.replace(f"{stack}0.", f"{stack}{i}.", 1): t.clone() for i in range(count)}
     return out
 
 

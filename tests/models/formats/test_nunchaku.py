@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-
 from tonfa.models.formats import nunchaku as nk
 
 DATA = Path(__file__).resolve().parents[2] / "data"

@@ -1,0 +1,219 @@
+"""A real ComfyUI server, headless, on a free loopback port, with this pack in its custom_nodes: the API that a browser uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import tonfa
+from safetensors.torch import load_file
+from tonfa.models.comfyui import find_comfyui
+
+from .lab import DATA, loaded, sample, snr, twin
+
+PACK = Path(tonfa.__file__).parent
+MODEL = DATA / "mini_flux_int4.safetensors"
+STARTS_WITHIN, RUNS_WITHIN = 150, 60
+# The small models' conditioning is narrower than any text encoder's, so a node of the test's own makes it: lab.conditioning's numbers.
+CONDITIONING_NODE = """
+import torch
+
+class TestConditioning:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 3})}}
+
+    def make(self, seed):
+        g = torch.Generator().manual_seed(seed)
+        context = torch.randn(1, 12, 96, generator=g)
+        return ([[context, {"pooled_output": torch.randn(1, 64, generator=g), "guidance": 3.5}]],)
+
+NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning}
+"""
+
+
+class Server:
+    """main.py in a process of its own; `with Server() as server`."""
+
+    def __enter__(self) -> Server:
+        self.base = Path(tempfile.mkdtemp(prefix="tonfa-server-"))
+        for folder in ("models/diffusion_models", "custom_nodes", "input", "output", "temp", "user"):
+            (self.base / folder).mkdir(parents=True)
+        (self.base / "custom_nodes" / "ComfyUI-Tonfa").symlink_to(PACK, target_is_directory=True)
+        (self.base / "custom_nodes" / "test_nodes.py").write_text(CONDITIONING_NODE)
+        shutil.copy(MODEL, self.base / "models" / "diffusion_models" / "svdq-int4_r32-flux.1-mini.safetensors")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [
+            sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(self.base),
+            "--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
+        ]  # fmt: skip
+        self.log = open(self.base / "server.log", "w+", encoding="utf-8")  # noqa: SIM115 (closed with the server)
+        self.process = subprocess.Popen(command, cwd=find_comfyui(), stdout=self.log, stderr=subprocess.STDOUT)
+        self.wait(lambda: self.get("/object_info/NunchakuFluxDiTLoader"), STARTS_WITHIN, "answer")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def said(self) -> str:
+        return (self.base / "server.log").read_text(encoding="utf-8")
+
+    def wait(self, ask, seconds: float, what: str):
+        """ask() until it gives something; a dead or silent server is an error with the end of its log."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if (answer := ask()) not in (None, {}):
+                    return answer
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                pass
+            time.sleep(0.25)
+        raise AssertionError(f"The server did not {what} (exit status {self.process.poll()}):\n{self.said()[-4000:]}")
+
+    def request(self, path: str, body: dict | None = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read()
+
+    def get(self, path: str):
+        return json.loads(self.request(path))
+
+    def run(self, graph: dict) -> dict:
+        """Posts a graph and waits for its end; its history entry."""
+        try:
+            answer = json.loads(self.request("/prompt", {"prompt": graph}))
+        except urllib.error.HTTPError as refused:
+            raise AssertionError(f"The graph was refused: {refused.read().decode()}") from refused
+        assert not answer.get("node_errors"), answer
+        key = answer["prompt_id"]
+        return self.wait(lambda: self.get(f"/history/{key}"), RUNS_WITHIN, "finish the graph")[key]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as running:
+        yield running
+
+
+def graph(model_path: str, prefix: str, key: str = "NunchakuFluxDiTLoader", **changes: object) -> dict:
+    """Loader, sampler, SaveLatent; the loader's values as an old graph saved them (cache_threshold an integer, no `compute`)."""
+    values = {
+        "model_path": model_path, "cache_threshold": 0, "attention": "nunchaku-fp16", "cpu_offload": "auto", "device_id": 0,
+        "data_type": "bfloat16", "i2f_mode": "enabled",
+    }  # fmt: skip
+    sampler = {"seed": 1, "steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0]}
+    return {
+        "1": {"class_type": key, "inputs": {**values, **changes}},
+        "2": {"class_type": "TestConditioning", "inputs": {"seed": 3}},
+        "3": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 96, "height": 64, "batch_size": 1}},
+        "4": {"class_type": "KSampler", "inputs": {**sampler, **wires}},
+        "5": {"class_type": "SaveLatent", "inputs": {"samples": ["4", 0], "filename_prefix": prefix}},
+    }
+
+
+def latent(server: Server, prefix: str, entry: dict):
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    return load_file(server.base / "output" / f"{prefix}_00001_.latent")["latent_tensor"].float()
+
+
+def test_object_info_is_the_contract(server):
+    info = server.get("/object_info/NunchakuFluxDiTLoader")["NunchakuFluxDiTLoader"]
+    required, optional = info["input"]["required"], info["input"]["optional"]
+    assert list(required) == ["model_path", "cache_threshold", "attention", "cpu_offload", "device_id", "data_type"]
+    assert list(optional) == ["i2f_mode", "compute"]
+    assert info["input_order"] == {"required": list(required), "optional": list(optional)}
+    assert (info["display_name"], info["category"], info["output"]) == ("Nunchaku FLUX DiT Loader", "Nunchaku", ["MODEL"])
+    assert not info.get("deprecated") and not info["output_node"]
+
+    def options(kind, entry, *names):
+        assert entry[0] == kind and entry[1]["tooltip"]
+        return tuple(entry[1].get(name) for name in names)
+
+    options(["svdq-int4_r32-flux.1-mini.safetensors"], required["model_path"])
+    assert options("FLOAT", required["cache_threshold"], "default", "min", "max", "step") == (0, 0, 1, 0.001)
+    assert options(["nunchaku-fp16", "flash-attention2"], required["attention"], "default") == ("nunchaku-fp16",)
+    assert options(["auto", "enable", "disable"], required["cpu_offload"], "default") == ("auto",)
+    device = options("INT", required["device_id"], "default", "min", "max", "step", "display", "lazy")
+    assert device == (0, 0, 0, 1, "number", True)
+    assert options(["bfloat16", "float16"], required["data_type"], "default") == ("bfloat16",)
+    assert options(["enabled", "always"], optional["i2f_mode"], "default") == ("enabled",)
+    assert options(["auto", "exact", "fast", "weight_only"], optional["compute"], "default") == ("auto",)
+
+
+def test_the_old_key_is_there_and_not_in_the_menu(server):
+    info = server.get("/object_info/SVDQuantFluxDiTLoader")["SVDQuantFluxDiTLoader"]
+    assert info["deprecated"] is True
+    assert info["input"] == server.get("/object_info/NunchakuFluxDiTLoader")["NunchakuFluxDiTLoader"]["input"]
+
+
+def test_help_translations_and_example_are_served(server):
+    assert b"`compute`" in server.request("/extensions/ComfyUI-Tonfa/docs/NunchakuFluxDiTLoader.md")
+    assert server.get("/i18n")["zh"]["nodeDefs"]["NunchakuFluxDiTLoader"]["inputs"]["compute"]["name"]
+    assert "tonfa-flux.1-dev" in server.get("/workflow_templates")["ComfyUI-Tonfa"]
+
+
+def test_an_old_graph_samples_what_the_dense_model_samples(server):
+    """The old folder name, and the other precision of the same model: on the CPU `auto` is weight_only."""
+    wanted = sample(twin(MODEL), steps=8)
+    for name, prefix in (("svdq-int4-flux.1-mini", "folder"), ("svdq-fp4_r32-flux.1-mini.safetensors", "precision")):
+        assert snr(latent(server, prefix, server.run(graph(name, prefix))), wanted) > 50
+        lines = [line for line in server.said().splitlines() if f"Model '{name}' is not here" in line]
+        assert len(lines) == 1 and "svdq-int4_r32-flux.1-mini.safetensors" in lines[0]
+
+
+def test_values_outside_the_lists_do_not_block(server):
+    odd = {"device_id": 7, "data_type": "float8", "attention": "sage", "cpu_offload": "maybe", "i2f_mode": "no", "cache_threshold": 3.5}
+    entry = server.run(graph("svdq-int4-flux.1-mini", "odd", key="SVDQuantFluxDiTLoader", compute="weight_only", **odd))
+    assert snr(latent(server, "odd", entry), sample(twin(MODEL), steps=8)) > 50
+    assert "no device 7" in server.said()
+
+
+def test_a_linked_device_id(server):
+    """It is marked lazy, as it always was, so the host evaluates the link only because the node asks for it."""
+    linked = graph("svdq-int4_r32-flux.1-mini.safetensors", "linked", device_id=["6", 0])
+    linked["6"] = {"class_type": "PrimitiveInt", "inputs": {"value": 5}}
+    latent(server, "linked", server.run(linked))
+    assert "no device 5" in server.said()
+
+
+def test_exact_on_the_server_is_exact_here(server):
+    entry = server.run(graph("svdq-int4_r32-flux.1-mini.safetensors", "exact", compute="exact"))
+    assert snr(latent(server, "exact", entry), sample(loaded(MODEL, "exact"), steps=8)) > 60
+
+
+def test_an_unknown_model_is_an_error_at_the_node(server):
+    status = server.run(graph("svdq-int4-flux.1-absent", "absent"))["status"]
+    assert status["status_str"] == "error"
+    (said,) = [message[1] for message in status["messages"] if message[0] == "execution_error"]
+    assert said["node_type"] == "NunchakuFluxDiTLoader"
+    assert "svdq-int4-flux.1-absent" in said["exception_message"] and "svdq-int4_r32-flux.1-mini.safetensors" in said["exception_message"]
+
+
+def test_the_pack_imports_quietly_and_quickly(server):
+    log = server.said()
+    assert "IMPORT FAILED" not in log
+    (line,) = [line for line in log.splitlines() if line.rstrip().endswith(os.path.join("custom_nodes", "ComfyUI-Tonfa"))]
+    assert float(line.split("seconds")[0].split()[-1]) < 1.0

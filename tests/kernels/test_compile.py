@@ -1,0 +1,50 @@
+"""Every kernel compiles for every kind of GPU, with the matrix instruction it is meant to have, no spills, and shared memory that fits.
+
+The compiler runs in processes of its own (it cannot share one with the interpreter that the other kernel tests use).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.6.0")
+
+SCRIPT = Path(__file__).with_name("compile_targets.py")
+NVIDIA = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+HALVES = [["sm_90", "sm_75", "sm_86", "gfx942", "gfx1201"], ["sm_80", "sm_89", "sm_100", "sm_120", "gfx1100"]]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen([sys.executable, str(SCRIPT), *half], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for half in HALVES
+    ]
+    rows = []
+    for run in runs:
+        out, err = run.communicate(timeout=280)
+        assert run.returncode == 0, err[-3000:]
+        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return rows
+
+
+@pytest.mark.parametrize("target", [*NVIDIA, "gfx942", "gfx1100", "gfx1201"])
+def test_kernels_compile_well(compiled, target):
+    rows = [row for row in compiled if row["target"] == target]
+    assert len(rows) == (3 if target == "sm_75" else 12)
+    for row in rows:
+        label = f"{target} {row['kernel']}"
+        assert row["error"] is None, f"{label}: {row['error']}"
+        assert row["found"], f"{label}: no {row['instruction']} in the code"
+        assert row["spilled"] == 0, f"{label}: spills {row['spilled']}"
+        assert row["shared"] <= row["limit"], f"{label}: {row['shared']} bytes of shared memory, the target has {row['limit']}"
+    instructions = {row["instruction"] for row in rows if row["kernel"].startswith("w4_matmul")}
+    assert len(instructions) == {"sm_75": 0, "sm_100": 2}.get(target, 3), "8-bit, bf16 and fp16 operands (sm_100 has one name for the last two)"

@@ -1,0 +1,46 @@
+"""kernels/rounding.py: the emulated roundings equal torch's, on every kind of number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+tl = pytest.importorskip("triton.language", reason="Triton is not installed: pip install triton==3.6.0")
+triton = pytest.importorskip("triton")
+rounding = pytest.importorskip("tonfa.kernels.rounding")  # conftest.py has imported it for the interpreter
+
+
+def numbers() -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    wide = torch.randn(3000, generator=g) * torch.exp2(torch.randint(-30, 16, (3000,), generator=g).float())
+    ties = torch.arange(-500, 500).float() / 1024  # halfway cases of e4m3 subnormals and of bf16
+    exact = torch.tensor([0.0, -0.0, 448.0, -448.0, 2.0**-9, 2.0**-10, 3 * 2.0**-10, 65504.0])
+    x = torch.cat([wide, ties, exact, 1 + ties / 64])
+    return torch.nn.functional.pad(x, (0, -len(x) % 1024))
+
+
+@pytest.fixture
+def kernels(interpreter):
+    @triton.jit
+    def kernel(x, bf16, fp16, byte, value, N: tl.constexpr):
+        at = tl.program_id(0) * N + tl.arange(0, N)
+        v = tl.load(x + at)
+        tl.store(bf16 + at, rounding.storable(v, tl.bfloat16, True))
+        tl.store(fp16 + at, rounding.rounded_finite(v, tl.float16, True))
+        small = tl.minimum(tl.maximum(v, -448.0), 448.0)
+        tl.store(byte + at, rounding.e4m3_byte(small, True))
+        tl.store(value + at, rounding.e4m3_value(tl.abs(small)))
+
+    return kernel
+
+
+def test_emulated_rounding_equals_torch(kernels):
+    x = numbers()
+    bf16, fp16 = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x)
+    byte, value = torch.empty_like(x, dtype=torch.uint8), torch.empty_like(x)
+    kernels[(len(x) // 1024,)](x, bf16, fp16, byte, value, N=1024)
+    assert torch.equal(bf16, x.bfloat16())
+    assert torch.equal(fp16, x.clamp(-65504, 65504).half().float())
+    e4m3 = x.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(byte.view(torch.float8_e4m3fn).float(), e4m3.float())
+    assert torch.equal(value, e4m3.float().abs())

@@ -1,0 +1,192 @@
+"""smooth_quantize: the oracle against the formulas of KERNELS section 1 in fp64, the kernel (interpreter) against the oracle, code for code."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tonfa.kernels.layout import SHIFT
+from tonfa.kernels.norm_modulate import Norm, norm_modulate
+from tonfa.kernels.smooth_quantize import smooth_quantize
+from tonfa.kernels.smooth_quantize_torch import e2m1_round, smooth_quantize_torch
+
+from .make_layers import packed_view, random_layer
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def smoothed(x, layer, shift=0.0):
+    """v in the compute type, straight from the definition."""
+    return ((x.float() + shift) / layer.smooth.float()).to(x.dtype).double()
+
+
+def values(q, form):
+    """Code values of a QuantizedInput as fp64."""
+    codes = q.codes.double()
+    if q.kind == "int4" and form == "e4m3":
+        codes = torch.where(codes >= 128, 128 - codes, codes)
+    return q.codes.view(torch.float8_e4m3fn).double() if q.kind == "e4m3" else codes
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("form", ["int8", "e4m3"])
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_oracle_exact_int4(unsigned, form, dtype):
+    torch.manual_seed(0)
+    layer = random_layer("int4", 128, 256, act_unsigned=unsigned)
+    x = torch.nn.functional.gelu(torch.randn(9, 256)).to(dtype) if unsigned else torch.randn(9, 256).to(dtype)
+    q = smooth_quantize_torch(x, packed_view(layer, form), "exact")
+    v = smoothed(x, layer, SHIFT if unsigned else 0.0).view(9, 4, 64)
+    largest = 15 if unsigned else 7
+    scale = v.abs().amax(2) / largest
+    torch.testing.assert_close(q.scales.t().double(), scale, rtol=1e-7, atol=0)
+    codes = values(q, form).view(9, 4, 64)
+    assert codes.min() >= (0 if unsigned else -7) and codes.max() == largest
+    assert (codes * scale[:, :, None] - v).abs().amax() <= 0.5 * scale.max() * (1 + 1e-6)
+    want = torch.round(v / scale[:, :, None])
+    assert (codes == want).double().mean() > 0.999  # fp32 division may tip an exact half
+    torch.testing.assert_close(q.lowrank.double(), x.double() @ layer.down.double().t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["int8", "e4m3"])
+def test_oracle_fast_int4(form):
+    torch.manual_seed(0)
+    layer = random_layer("int4", 128, 256, act_unsigned=True)  # and no shift in fast
+    x = torch.randn(9, 256).to(BF16)
+    q = smooth_quantize_torch(x, packed_view(layer, form), "fast")
+    v = smoothed(x, layer)
+    if form == "int8":
+        groups = v.view(9, 4, 64)
+        scale = groups.abs().amax(2) / 127
+        torch.testing.assert_close(q.scales.t().double(), scale, rtol=1e-7, atol=0)
+        assert (values(q, form).view(9, 4, 64) * scale[:, :, None] - groups).abs().max() <= 0.501 * scale.max()
+    else:
+        scale = v.abs().amax(1) / 448
+        torch.testing.assert_close(q.scales.double(), scale, rtol=1e-7, atol=0)
+        assert relative(values(q, form) * scale[:, None], v) < 0.03
+        assert values(q, form).abs().max() == 448
+
+
+def test_oracle_nvfp4():
+    torch.manual_seed(0)
+    layer = random_layer("nvfp4", 128, 256)
+    x = torch.randn(9, 256).to(BF16)
+    view = packed_view(layer)
+    v = smoothed(x, layer)
+    assert torch.equal(smooth_quantize_torch(x, view, "fast").codes.double(), v)
+    q = smooth_quantize_torch(x, view, "exact")
+    groups = v.view(9, 16, 16)
+    scale = (groups.abs().amax(2) / 6).clamp(max=448)
+    stored = scale.float().to(torch.float8_e4m3fn).double()
+    codes = q.codes.double().view(9, 16, 16) / stored[:, :, None]
+    assert torch.isin(codes.abs().float(), E2M1).all(), "codes must be e2m1 numbers times the stored scale, exactly"
+    nearest = (groups / scale[:, :, None]).abs()[..., None] - E2M1.double()
+    assert ((groups / scale[:, :, None] - codes).abs() <= nearest.abs().amin(-1) + 1e-6).all()
+
+
+def test_e2m1_ties_go_to_the_even_code():
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0])
+    assert e2m1_round(ties).tolist() == [0, 1, 1, 2, 2, 4, 4, 6]
+    assert e2m1_round(-ties).tolist() == [0, -1, -1, -2, -2, -4, -4, -6]
+
+
+def test_fp16_division_saturates_instead_of_overflowing():
+    layer = random_layer("int4", 128, 128)
+    layer = dataclasses.replace(layer, smooth=torch.full((128,), 0.001, dtype=FP16))
+    q = smooth_quantize_torch(torch.full((1, 128), 1000.0, dtype=FP16), packed_view(layer), "exact")
+    assert torch.isfinite(q.scales).all() and (q.codes == 7).all()
+
+
+def test_misfits_are_refused():
+    view = packed_view(random_layer("int4", 128, 256))
+    with pytest.raises(ValueError, match=r"\[M, 256\]"):
+        smooth_quantize(torch.zeros(2, 128), view, "exact")
+    with pytest.raises(ValueError, match="mode"):
+        smooth_quantize(torch.zeros(2, 256), view, "quick")
+    with pytest.raises(ValueError, match="norm.shift"):
+        smooth_quantize(torch.zeros(4, 256), view, "fast", Norm(torch.zeros(1, 256), torch.zeros(2, 256), 2))
+    with pytest.raises(ValueError, match="w4a16"):
+        smooth_quantize(torch.zeros(2, 256), packed_view(random_layer("w4a16", 128, 256)), "exact")
+
+
+def compare(x, view, mode, norm=None):
+    """Kernel against oracle on the same input. Codes may differ only where fp32 noise of the norm tipped a rounding."""
+    got, want = smooth_quantize(x, view, mode, norm), smooth_quantize_torch(x, view, mode, norm)
+    assert (got.kind, got.codes.dtype, got.codes.shape, got.dtype) == (want.kind, want.codes.dtype, want.codes.shape, want.dtype)
+    if norm is None:
+        assert torch.equal(values(got, view.spec.code_form), values(want, view.spec.code_form))
+    elif got.codes.dtype == FP32:
+        assert relative(got.codes, want.codes) < 1e-6
+    else:
+        assert (values(got, view.spec.code_form) == values(want, view.spec.code_form)).double().mean() > 0.999
+    if want.scales is not None:
+        assert got.scales.shape == want.scales.shape and relative(got.scales, want.scales) < (1e-6 if norm is None else 1e-4)
+    if want.lowrank is not None:
+        assert got.lowrank.shape == want.lowrank.shape and relative(got.lowrank, want.lowrank) < 1e-5
+    return got
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("kind", ["int8", "int8 unsigned", "e4m3", "e4m3 unsigned", "nvfp4"])
+def test_kernel_equals_oracle(interpreter, kind, mode, dtype):
+    torch.manual_seed(1)
+    form, unsigned = kind.split()[0], "unsigned" in kind
+    layer = random_layer("nvfp4" if form == "nvfp4" else "int4", 128, 192, act_unsigned=unsigned, channel_scale=form == "nvfp4")
+    view = packed_view(layer, "e4m3" if form == "nvfp4" else form)
+    x = (torch.randn(17, 192) * 3).to(dtype)
+    compare(x, view, mode)
+    norm = Norm(torch.randn(2, 192).to(dtype), torch.randn(2, 192).to(dtype), rows_per_batch=9)
+    compare(x, view, mode, norm)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("rank", [0, 10, 16, 48, 80])
+def test_kernel_any_rows_and_rank(interpreter, rank, rows):
+    torch.manual_seed(2)
+    compare(torch.randn(rows, 256).to(BF16), packed_view(random_layer("int4", 128, 256, rank)), "fast")
+
+
+@pytest.mark.parametrize("rank", [32, 128])
+def test_kernel_two_segments(interpreter, rank):
+    torch.manual_seed(3)
+    view = packed_view(random_layer("int4", 384, 256, rank, segments=(0, 128)))
+    q = compare(torch.randn(5, 256).to(BF16), view, "exact")
+    assert q.lowrank.shape == (5, 2 * rank)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("form", ["int8", "e4m3", "nvfp4"])
+def test_kernel_zero_groups(interpreter, form, mode):
+    torch.manual_seed(4)
+    x = torch.randn(4, 256).to(BF16)
+    x[0] = 0
+    x[1, 64:192] = 0
+    layer = random_layer("nvfp4" if form == "nvfp4" else "int4", 128, 256)
+    q = compare(x, packed_view(layer, "e4m3" if form == "nvfp4" else form), mode)
+    assert not q.codes[0].any() and not q.codes[1, 64:192].any() and q.codes[1].any()
+
+
+def test_kernel_strided_input_and_norm(interpreter):
+    torch.manual_seed(5)
+    view = packed_view(random_layer("int4", 128, 256))
+    compare(torch.randn(9, 3, 256).to(BF16)[:, 1], view, "fast")
+    compare(torch.randn(256, 9).to(BF16).t(), view, "exact")
+    modulation = torch.randn(2, 6, 256).to(BF16)
+    compare(torch.randn(32, 256).to(BF16), view, "fast", Norm(modulation[:, 3], modulation[:, 4], 16))
+    x = torch.randn(6, 256).to(BF16) + 100  # a mean far from zero: the variance must not cancel
+    norm = Norm(torch.zeros(1, 256), torch.zeros(1, 256), 6)
+    got = smooth_quantize(x, packed_view(random_layer("nvfp4", 128, 256, 0)), "fast", norm)
+    smooth = random_layer("nvfp4", 128, 256, 0).smooth.float()
+    assert relative(got.codes.float(), norm_modulate(x, norm).float() / smooth) < 3e-3
+
+
+def test_kernel_no_rows(interpreter):
+    q = smooth_quantize(torch.zeros(0, 256, dtype=BF16), packed_view(random_layer("int4", 128, 256)), "fast")
+    assert q.codes.shape == (0, 256)

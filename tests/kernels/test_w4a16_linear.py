@@ -1,0 +1,64 @@
+"""w4a16_linear: the oracle against the golden modulation layers and fp64, the kernel (interpreter) against the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tonfa.kernels.layout import LogicalLinear, dense_weight
+from tonfa.kernels.w4a16_linear import w4a16_linear
+from tonfa.kernels.w4a16_linear_torch import w4a16_linear_torch
+
+from .make_layers import packed_view, random_layer
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("name", ["awq_mod3_384x192", "awq_mod6_768x128"])
+def test_golden_weight_and_result(interpreter, name):
+    """Upstream's converter takes zero = 7: wzeros = -7 * wscales."""
+    t = load_file(DATA / f"{name}.safetensors")
+    scale = t["logical.scale"]
+    layer = LogicalLinear("w4a16", t["logical.codes"], scale, zeros=-7 * scale, bias=t["logical.bias"])
+    weight = t["expected.w_dequant"]
+    torch.testing.assert_close(dense_weight(layer), weight, rtol=1e-2, atol=1e-3)  # upstream's product is 16-bit
+    x = torch.randn(2, layer.k, generator=torch.Generator().manual_seed(0))
+    want = x.double() @ dense_weight(layer).double().t() + layer.bias.double()
+    assert relative(w4a16_linear(x, packed_view(layer), layer.bias), want) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_kernel_oracle_and_formula_agree(interpreter, rows, dtype):
+    torch.manual_seed(0)
+    layer = random_layer("w4a16", 200, 320, scale_dtype=torch.float16 if rows == 2 else torch.bfloat16)
+    view, x = packed_view(layer), torch.randn(rows, 320).to(dtype)
+    formula = x.double() @ dense_weight(layer).double().t() + layer.bias.double()
+    want = w4a16_linear_torch(x, view, layer.bias)
+    got = w4a16_linear(x, view, layer.bias)
+    assert got.dtype == want.dtype == dtype and got.shape == (rows, 200)
+    limit = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-6}[dtype]
+    assert relative(want, formula) < limit and relative(got, formula) < limit
+    assert (got == want).double().mean() > (0.95 if dtype != torch.float32 else 0)
+    assert relative(w4a16_linear(x, view, None), formula - layer.bias.double()) < 2 * limit
+
+
+def test_kernel_strided_input(interpreter):
+    torch.manual_seed(0)
+    view = packed_view(random_layer("w4a16", 128, 128))
+    wide = torch.randn(128, 6)
+    x = wide.t()[::2]
+    torch.testing.assert_close(w4a16_linear(x, view, None), w4a16_linear_torch(x.contiguous(), view, None), rtol=1e-5, atol=1e-5)
+
+
+def test_misfits_are_refused():
+    with pytest.raises(ValueError, match=r"expected \[M, 128\]"):
+        w4a16_linear(torch.zeros(1, 64), packed_view(random_layer("w4a16", 128, 128)), None)
+    with pytest.raises(ValueError, match="expected w4a16"):
+        w4a16_linear(torch.zeros(1, 128), packed_view(random_layer("int4", 128, 128)), None)

@@ -1,0 +1,90 @@
+"""Saved model names against lists of files: the rules of nodes/host/files.py. No host needed."""
+
+import pytest
+from tonfa.nodes.host.files import identity, resolve, with_legacy_folders
+
+FILES = [
+    "svdq-int4_r32-flux.1-dev.safetensors",
+    "nunchaku/svdq-fp4_r32-flux.1-fill-dev.safetensors",
+    "nunchaku/svdq-int4_r32-flux.1-schnell.safetensors",
+    "other/deep/svdq-int4_r32-flux.1-schnell.safetensors",
+    "svdq-int4-flux.1-canny-dev/transformer_blocks.safetensors",
+    "svdq-int4-flux.1-canny-dev/unquantized_layers.safetensors",
+    "sub\\svdq-int4_r128-shuttle-jaguar.safetensors",
+    "flux1-dev.safetensors",
+]
+NAMES = with_legacy_folders(FILES)
+
+
+def test_folders_of_the_old_form_are_listed_behind_the_files():
+    assert [*FILES, "svdq-int4-flux.1-canny-dev"] == NAMES
+    assert with_legacy_folders(["transformer_blocks.safetensors"]) == ["transformer_blocks.safetensors"]
+    assert with_legacy_folders(["a\\b\\transformer_blocks.safetensors"])[-1] == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "substituted"),
+    [
+        ("svdq-int4_r32-flux.1-dev.safetensors", "svdq-int4_r32-flux.1-dev.safetensors", False),
+        ("svdq-int4-flux.1-canny-dev", "svdq-int4-flux.1-canny-dev", False),
+        ("nunchaku\\svdq-fp4_r32-flux.1-fill-dev.safetensors", "nunchaku/svdq-fp4_r32-flux.1-fill-dev.safetensors", False),
+        ("sub/svdq-int4_r128-shuttle-jaguar.safetensors", "sub\\svdq-int4_r128-shuttle-jaguar.safetensors", False),
+        # the same base name elsewhere, the nearest to the root first
+        ("svdq-fp4_r32-flux.1-fill-dev.safetensors", "nunchaku/svdq-fp4_r32-flux.1-fill-dev.safetensors", True),
+        ("gone\\svdq-int4_r32-flux.1-dev.safetensors", "svdq-int4_r32-flux.1-dev.safetensors", True),
+        ("svdq-int4_r32-flux.1-schnell.safetensors", "nunchaku/svdq-int4_r32-flux.1-schnell.safetensors", True),
+        # the same stem
+        ("svdq-int4_r32-flux.1-dev", "svdq-int4_r32-flux.1-dev.safetensors", True),
+        ("flux1-dev.sft", "flux1-dev.safetensors", True),
+        # old folder names
+        ("svdq-int4-flux.1-dev", "svdq-int4_r32-flux.1-dev.safetensors", True),
+        ("models/svdq-int4-flux.1-schnell", "nunchaku/svdq-int4_r32-flux.1-schnell.safetensors", True),
+        ("svdq-int4_r32-flux.1-canny-dev.safetensors", "svdq-int4-flux.1-canny-dev", True),
+        # the other precision of the same model
+        ("svdq-fp4_r32-flux.1-dev.safetensors", "svdq-int4_r32-flux.1-dev.safetensors", True),
+        ("svdq-fp4-flux.1-dev", "svdq-int4_r32-flux.1-dev.safetensors", True),
+        ("svdq-int4-flux.1-fill-dev", "nunchaku/svdq-fp4_r32-flux.1-fill-dev.safetensors", True),
+        ("svdq-fp4_r128-shuttle-jaguar.safetensors", "sub\\svdq-int4_r128-shuttle-jaguar.safetensors", True),
+        # a file of a folder of the old form stands for the folder
+        ("svdq-int4-flux.1-canny-dev/transformer_blocks.safetensors", "svdq-int4-flux.1-canny-dev/transformer_blocks.safetensors", False),
+    ],
+)
+def test_what_a_saved_name_means(asked, name, substituted):
+    found = resolve(asked, NAMES)
+    assert found.name == name
+    assert (found.how is not None) == substituted
+
+
+def test_own_precision_wins_over_the_other():
+    names = ["svdq-fp4_r32-flux.1-dev.safetensors", "svdq-int4_r32-flux.1-dev.safetensors"]
+    assert resolve("svdq-fp4-flux.1-dev", names).name == names[0]
+    assert resolve("svdq-int4-flux.1-dev", names[::-1]).name == names[1]
+
+
+@pytest.mark.parametrize("asked", ["svdq-int4_r64-flux.1-dev.safetensors", "svdq-int4-flux.1-kontext-dev", "flux1-schnell.safetensors"])
+def test_another_model_or_rank_is_never_taken(asked):
+    with pytest.raises(FileNotFoundError, match="svdq-int4_r32-flux.1-dev.safetensors") as error:
+        resolve(asked, NAMES)
+    assert asked in str(error.value)
+
+
+def test_nothing_there():
+    with pytest.raises(FileNotFoundError, match="no model file at all"):
+        resolve("svdq-int4-flux.1-dev", [])
+    for nothing in ("", None):
+        with pytest.raises(FileNotFoundError, match="No model is chosen"):
+            resolve(nothing, NAMES)
+
+
+def test_identity_follows_the_file(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"1")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(file)
+    before = identity(str(file))
+    assert identity(str(link)) == before
+    file.write_bytes(b"22")
+    assert identity(str(file)) != before
+    folder = identity(str(tmp_path))
+    (tmp_path / "b").write_bytes(b"")
+    assert identity(str(tmp_path)) != folder

@@ -1,0 +1,120 @@
+"""The node maps and what importing the pack does, each in a process of its own where that matters."""
+
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tonfa
+from tonfa import nodes
+
+ROOT = Path(tonfa.__file__).parent
+INPUTS = {
+    "NunchakuFluxDiTLoader": [
+        "model_path", "cache_threshold", "attention", "cpu_offload", "device_id", "data_type", "i2f_mode", "compute",
+    ],
+}  # fmt: skip
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("module", ["tonfa", "tonfa.kernels", "tonfa.models", "tonfa.nodes.flux", "tonfa.nodes.host.files"])
+def test_importing_brings_neither_torch_nor_the_host(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'triton', 'comfy', 'folder_paths', 'numpy') if m in sys.modules])"
+    assert run(code).strip() == "[]"
+
+
+def test_import_from_a_folder_as_the_host_does_it():
+    """By path, under a name that is no package name, with the installed `tonfa` out of reach."""
+    code = f"""
+import importlib.util, sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+name = "/x/custom_nodes/ComfyUI-Tonfa"
+spec = importlib.util.spec_from_file_location(name, {str(ROOT / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules[name] = module
+spec.loader.exec_module(module)
+print(sorted(module.NODE_CLASS_MAPPINGS), module.WEB_DIRECTORY, "tonfa" in sys.modules)
+"""
+    assert run(code).strip() == "['NunchakuFluxDiTLoader', 'SVDQuantFluxDiTLoader'] ./web False"
+
+
+def test_nothing_in_the_pack_imports_itself_by_its_installed_name():
+    for file in ROOT.rglob("*.py"):
+        if file.relative_to(ROOT).parts[0] in ("nodes", "models", "kernels"):
+            text = file.read_text(encoding="utf-8")
+            assert "import tonfa" not in text and "from tonfa" not in text, file
+
+
+def test_bare_import_as_a_tool_does_it():
+    spec = importlib.util.spec_from_file_location("__init__", ROOT / "__init__.py", submodule_search_locations=None)
+    module = importlib.util.module_from_spec(spec)
+    module.__package__ = ""
+    spec.loader.exec_module(module)
+    assert module.NODE_CLASS_MAPPINGS == {}
+
+
+def test_keys_titles_and_alias():
+    classes, titles = tonfa.NODE_CLASS_MAPPINGS, tonfa.NODE_DISPLAY_NAME_MAPPINGS
+    assert classes.keys() == titles.keys() == {key for family in nodes.FAMILIES.values() for key in family}
+    assert titles["NunchakuFluxDiTLoader"] == classes["NunchakuFluxDiTLoader"].TITLE == "Nunchaku FLUX DiT Loader"
+    alias = classes["SVDQuantFluxDiTLoader"]
+    assert issubclass(alias, classes["NunchakuFluxDiTLoader"]) and alias.DEPRECATED
+    assert all(hasattr(c, c.FUNCTION) and c.CATEGORY == "Nunchaku" for c in classes.values())
+
+
+@pytest.mark.parametrize("error", ["ImportError('no module named x')", "ValueError('what')", "SystemExit('gone')", "SyntaxError('bad')"])
+def test_a_family_that_cannot_be_imported_keeps_its_keys_and_says_why(error, tmp_path, monkeypatch):
+    package = tmp_path / "brokenpack"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "flux.py").write_text(f"raise {error}")
+    monkeypatch.syspath_prepend(tmp_path)
+    classes, titles = nodes.load_family("flux", "brokenpack")
+    for name in [m for m in sys.modules if m.startswith("brokenpack")]:
+        del sys.modules[name]
+    assert classes.keys() == titles.keys() == nodes.FAMILIES["flux"].keys()
+    node = classes["NunchakuFluxDiTLoader"]
+    assert node.INPUT_TYPES() == {"required": {}} and node.RETURN_TYPES == ("MODEL",)
+    with pytest.raises(RuntimeError, match=r"could not be loaded: \w+: .*Update ComfyUI-Tonfa.*doctor"):
+        getattr(node(), node.FUNCTION)(model_path="x")
+
+
+def test_every_input_is_taken_off_the_hosts_list_check_and_has_a_default():
+    """Naming an input in VALIDATE_INPUTS is what keeps the host from refusing saved values that are not in today's list."""
+    for key, inputs in INPUTS.items():
+        node = tonfa.NODE_CLASS_MAPPINGS[key]
+        assert list(inspect.signature(node.VALIDATE_INPUTS).parameters) == inputs
+        assert node.VALIDATE_INPUTS() is True
+        assert list(inspect.signature(getattr(node, node.FUNCTION)).parameters)[1:] == inputs
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "ko"])
+def test_translations_name_every_input(language):
+    names = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    for key, inputs in INPUTS.items():
+        assert names[key]["display_name"]
+        assert list(names[key]["inputs"]) == inputs
+        assert all(entry["name"] for entry in names[key]["inputs"].values())
+
+
+def test_every_loader_has_a_help_page():
+    for key, inputs in INPUTS.items():
+        page = (ROOT / "web" / "docs" / f"{key}.md").read_text(encoding="utf-8")
+        assert all(f"`{name}`" in page for name in inputs)
+
+
+def test_example_graph_fits_the_loader():
+    graph = json.loads((ROOT / "workflows" / "tonfa-flux.1-dev.json").read_text(encoding="utf-8"))
+    (loader,) = [n for n in graph["nodes"] if n["type"] == "NunchakuFluxDiTLoader"]
+    assert len(loader["widgets_values"]) == len(INPUTS["NunchakuFluxDiTLoader"])
+    assert [i["name"] for i in loader["inputs"]] == INPUTS["NunchakuFluxDiTLoader"]
+    by_id = {n["id"]: n for n in graph["nodes"]}
+    for link, source, out, target, slot, kind in graph["links"]:
+        assert link in by_id[source]["outputs"][out]["links"] and by_id[source]["outputs"][out]["type"] == kind
+        assert by_id[target]["inputs"][slot]["link"] == link

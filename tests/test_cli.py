@@ -1,0 +1,155 @@
+"""The command line: what it prints, where it prints it, and its exit status."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tonfa.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+MINI = DATA / "mini_flux_int4.safetensors"
+
+
+def command(*arguments: object, start: tuple = ("-m", "tonfa"), cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, start), *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=240)
+
+
+# -- inspect ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("mini_flux_int4", "int4"), ("mini_flux_int4_hd128", "int4"), ("mini_flux_nvfp4", "nvfp4")]
+)
+def test_inspect_says_what_a_checkpoint_is(capsys, name, precision):
+    assert main(["inspect", str(DATA / f"{name}.safetensors"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["family"], facts["precision"], facts["usable"]) == ("flux", precision, True)
+
+
+def test_inspect_for_people(capsys):
+    assert main(["inspect", str(MINI)]) == 0
+    said = capsys.readouterr().out
+    assert "SVDQuant FLUX.1" in said and "rank 16" in said and "NunchakuFluxDiTLoader" in said
+
+
+def test_inspect_of_another_model_says_what_it_is(capsys, tmp_path):
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)}, tmp_path / "other.safetensors")
+    assert main(["inspect", str(tmp_path / "other.safetensors")]) == 0
+    assert "not a SVDQuant FLUX.1 checkpoint" in capsys.readouterr().out
+
+
+def test_inspect_json_of_a_bad_file_is_json(capsys, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    assert main(["inspect", str(tmp_path / "bad.safetensors"), "--json"]) == 2
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["usable"] is False and "bad.safetensors" in facts["sentence"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", MINI.read_bytes()[:5000]], ids=["empty", "zip", "truncated"])
+@pytest.mark.parametrize("verb", ["inspect", "dequantize"])
+def test_a_bad_file_is_one_sentence_and_status_2(tmp_path, content, verb):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(content)
+    done = command(verb, bad, *([tmp_path / "out.safetensors"] if verb == "dequantize" else []))
+    assert done.returncode == 2
+    assert "bad.safetensors" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_a_missing_file_is_one_sentence_and_status_2(capsys, tmp_path):
+    assert main(["inspect", str(tmp_path / "nothing.safetensors")]) == 2
+    said = capsys.readouterr()
+    assert "nothing.safetensors does not exist" in said.err and said.err.count("\n") == 1
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["quantise"])
+    assert stopped.value.code == 2
+    assert "doctor" in capsys.readouterr().err
+
+
+# -- dequantize -------------------------------------------------------------------------------------------------------------------
+
+
+def test_dequantize_writes_a_dense_file(capsys, tmp_path):
+    out = tmp_path / "dense.safetensors"
+    assert main(["dequantize", str(MINI), str(out)]) == 0
+    dense = load_file(out)
+    assert "double_blocks.0.img_attn.qkv.weight" in dense and "single_blocks.0.linear1.weight" in dense
+    assert {t.dtype for t in dense.values()} == {torch.bfloat16}
+    assert list(tmp_path.iterdir()) == [out]
+    assert str(out) in capsys.readouterr().out
+
+
+def test_dequantize_will_not_write_over_its_input(capsys, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(MINI, copy)
+    assert main(["dequantize", str(copy), str(copy)]) == 2
+    assert copy.read_bytes() == MINI.read_bytes()
+    assert "another name" in capsys.readouterr().err
+
+
+def test_dequantize_into_a_folder_that_is_not_there(capsys, tmp_path):
+    assert main(["dequantize", str(MINI), str(tmp_path / "no" / "out.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert "no/out.safetensors" in said.replace("\\", "/") and "Traceback" not in said
+
+
+# -- starting ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_starts_by_path_without_being_installed(tmp_path):
+    """As in custom_nodes: the folder has another name, and no `tonfa` can be imported."""
+    pack = tmp_path / "custom_nodes" / "ComfyUI-Tonfa"
+    pack.mkdir(parents=True)
+    for name in ("__init__.py", "__main__.py", "install.py"):
+        shutil.copy(ROOT / name, pack / name)
+    for room in ("kernels", "models", "nodes"):
+        shutil.copytree(ROOT / room, pack / room, ignore=shutil.ignore_patterns("__pycache__"))
+    block = "import sys, runpy; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
+    block += "sys.path[:] = [p for p in sys.path if p]; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = command(pack, "inspect", MINI, "--json", start=("-c", block), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["family"] == "flux"
+    missing = command(
+        start=("-c", block.split("sys.argv[:]")[0] + "import importlib.util; print(importlib.util.find_spec('tonfa'))"), cwd=tmp_path
+    )
+    assert missing.stdout.strip() == "None", "this test means nothing while tonfa can be imported"
+
+
+def test_by_path_from_inside_the_folder():
+    done = command("inspect", MINI, "--json", start=(".",), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+# -- doctor and demo --------------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_json():
+    done = command("doctor", "--json")
+    facts = json.loads(done.stdout)
+    checks = {check["name"]: check for check in facts["checks"]}
+    assert {"python", "torch", "triton", "C compiler", "Python headers", "launch", "ComfyUI", "original pack", "INT4 linear"} <= set(checks)
+    failed = [check for check in facts["checks"] if check["state"] == "fail"]
+    assert facts["ok"] == (not failed) and done.returncode == int(bool(failed))
+    assert all(check["mend"] for check in failed)
+    assert checks["INT4 linear"]["state"] == "ok", checks["INT4 linear"]
+
+
+def test_demo_without_comfyui(tmp_path):
+    done = command("demo", "--no-comfyui", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    rows = {line[:16].strip(): line for line in done.stdout.splitlines() if line.rstrip().endswith(" s")}
+    assert set(rows) == {"dense float32", "dense bfloat16", "weight_only", "fast", "exact"}
+    decibels = {name: float(line.split(" dB")[0].split()[-1]) for name, line in rows.items() if " dB" in line}
+    assert decibels["weight_only"] > 40 and decibels["fast"] > 33 and decibels["exact"] > 17
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "demo.png"]
