@@ -13,7 +13,6 @@ import statistics
 import sys
 
 import torch
-
 from tonfa.models.flux import Flux, rope_table
 from tonfa.models.formats.checkpoint import open_checkpoint
 

@@ -82,7 +82,6 @@ def run(checkpoint: str, compute: str, pixels: int, steps: int, report: Report) 
     import comfy.sample
     import folder_paths
     import torch
-
     from tonfa.models.formats.checkpoint import open_checkpoint
     from tonfa.nodes.flux import NunchakuFluxDiTLoader
 

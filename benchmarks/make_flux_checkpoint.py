@@ -1,6 +1,6 @@
 """Writes a full-size FLUX.1 checkpoint of random codes in the published Nunchaku single-file layout (6.8 GB for INT4 rank 32).
 
-    python benchmarks/make_flux_checkpoint.py OUT.safetensors [--precision int4|nvfp4] [--rank 32] [--schnell] [--depth 19] [--single-depth 38]
+    python benchmarks/make_flux_checkpoint.py OUT.safetensors [--precision int4|nvfp4] [--rank 32] [--depth 19] [--single-depth 38]
 
 The sizes, names, types and metadata are a real file's, the numbers are random but tame (weights of about 0.02, like a trained model's), so
 that time, memory and kernels can be measured where no real file can be had. Packed tensors are random in their packed form.
@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 HIDDEN, MLP, HEAD_DIM = 3072, 12288, 128
-DOUBLE = {  # layer: (N, K, inputs come from a GELU)
-    "qkv_proj": (3 * HIDDEN, HIDDEN), "qkv_proj_context": (3 * HIDDEN, HIDDEN), "out_proj": (HIDDEN, HIDDEN), "out_proj_context": (HIDDEN, HIDDEN),
+DOUBLE = {  # layer: (N, K)
+    "qkv_proj": (3 * HIDDEN, HIDDEN), "qkv_proj_context": (3 * HIDDEN, HIDDEN),
+    "out_proj": (HIDDEN, HIDDEN), "out_proj_context": (HIDDEN, HIDDEN),
     "mlp_fc1": (MLP, HIDDEN), "mlp_fc2": (HIDDEN, MLP), "mlp_context_fc1": (MLP, HIDDEN), "mlp_context_fc2": (HIDDEN, MLP),
 }  # fmt: skip
 SINGLE = {"qkv_proj": (3 * HIDDEN, HIDDEN), "out_proj": (HIDDEN, HIDDEN), "mlp_fc1": (MLP, HIDDEN), "mlp_fc2": (HIDDEN, MLP)}
@@ -94,15 +95,16 @@ def metadata(precision: str, rank: int, depth: int, single: int, guidance: bool)
     if precision == "nvfp4":
         w = {"dtype": "fp4_e2m1_all", "scale_dtype": [None, "fp8_e4m3_nan"], "group_size": 16}
         q = {"dtype": "fp4_e2m1_all", "scale_dtype": "fp8_e4m3_nan", "group_size": 16}
-    comfy = dict(
-        axes_dim=[16, 56, 56], context_in_dim=4096, depth=depth, depth_single_blocks=single, guidance_embed=guidance, hidden_size=HIDDEN,
-        image_model="flux", in_channels=16, mlp_ratio=4.0, num_heads=24, out_channels=16, patch_size=2, qkv_bias=True, theta=10000, vec_in_dim=768,
-        disable_unet_model_creation=True,
-    )  # fmt: skip
-    config = dict(
-        num_layers=depth, num_single_layers=single, num_attention_heads=24, attention_head_dim=128, in_channels=64, guidance_embeds=guidance,
-        joint_attention_dim=4096, pooled_projection_dim=768, axes_dims_rope=[16, 56, 56], patch_size=1,
-    )  # fmt: skip
+    comfy = {
+        "axes_dim": [16, 56, 56], "context_in_dim": 4096, "depth": depth, "depth_single_blocks": single, "guidance_embed": guidance,
+        "hidden_size": HIDDEN, "image_model": "flux", "in_channels": 16, "mlp_ratio": 4.0, "num_heads": 24, "out_channels": 16,
+        "patch_size": 2, "qkv_bias": True, "theta": 10000, "vec_in_dim": 768, "disable_unet_model_creation": True,
+    }  # fmt: skip
+    config = {
+        "num_layers": depth, "num_single_layers": single, "num_attention_heads": 24, "attention_head_dim": 128, "in_channels": 64,
+        "guidance_embeds": guidance, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "axes_dims_rope": [16, 56, 56],
+        "patch_size": 1,
+    }  # fmt: skip
     return {
         "config": json.dumps(config),
         "comfy_config": json.dumps({"model_class": "Flux" if guidance else "FluxSchnell", "model_config": comfy}),

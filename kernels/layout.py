@@ -473,9 +473,7 @@ def views(spec: PackSpec, blob: Tensor) -> list[PartView]:
         raise ValueError(f"the packed weight is {blob.dtype} {list(blob.shape)}, expected contiguous uint8 [{spec.nbytes}]")
     result = []
     for i, part in enumerate(spec.parts):
-        fields = {
-            name: blob[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape) for name, f in spec.offsets(i).items()
-        }
+        fields = {name: blob[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape) for name, f in spec.offsets(i).items()}
         result.append(PartView(part, **fields))
     return result
 

@@ -1,7 +1,7 @@
 """LayerNorm without parameters, then modulation: m = LN(x) * (1 + scale) + shift, in fp32, rounded once.
 
-On the fused path the same arithmetic is the prologue of smooth_quantize; the kernel here (norm_modulate_triton.py) shares it, so that the plain
-path has the same bits.
+On the fused path the same arithmetic is the prologue of smooth_quantize; the kernel here (norm_modulate_triton.py) shares it, so that the
+plain path has the same bits.
 """
 
 from __future__ import annotations

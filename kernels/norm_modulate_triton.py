@@ -42,7 +42,8 @@ def norm_modulate_triton(x: Tensor, norm: Norm) -> Tensor:
     shift, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (norm.shift, norm.scale))
     with launch_device(x.device):
         _norm_modulate[(triton.cdiv(rows, tile.bm),)](
-            x, shift, scale, out, rows, k, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), min(norm.rows_per_batch, rows), norm.eps,
+            x, shift, scale, out, rows, k, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
+            min(norm.rows_per_batch, rows), norm.eps,
             EVEN_K=k % tile.bk == 0, BM=tile.bm, BK=tile.bk, EMULATE=interpreting(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

@@ -1,4 +1,7 @@
-"""Triton kernel of qk_norm_rope_. One read and one write of q and k, nothing else allocated; a program owns one token's q heads, or its k heads."""
+"""Triton kernel of qk_norm_rope_. One read and one write of q and k, nothing else allocated.
+
+A program owns one token's q heads, or its k heads.
+"""
 
 from __future__ import annotations
 

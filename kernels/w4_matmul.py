@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .layout import PartView
@@ -32,7 +33,8 @@ def w4_matmul(
     Raises ValueError when the operands do not fit the part.
     """
     options = {"accumulate": accumulate, "gelu_from": gelu_from, "gate": gate, "residual": residual, "rows_per_batch": rows_per_batch}
-    if triton_reason(out.device) is not None:
+    no_matrix_unit = q.codes.dtype == torch.float32 and out.device.type != "cpu"  # NVFP4 on fp32 input: 16-bit operands would round it
+    if no_matrix_unit or triton_reason(out.device) is not None:
         return w4_matmul_torch(q, part, bias, out, **options)
     from .w4_matmul_triton import w4_matmul_triton
 

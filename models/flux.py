@@ -1,12 +1,11 @@
 """FLUX.1's blocks over 4-bit linears, filled from a checkpoint, and a small standalone FLUX around them.
 
 Structure and parameter names are the host's (black-forest-labs/flux, native names), so that its forward, LoRA key maps and patches fit.
-Every block has two paths over the same weights: fused where nothing asks to look inside, plain where a patch, an attention override, a mask or
-per-token modulation does. Rounding points are the same in both: norm and modulation, each linear, GELU and residual round once each.
+Every block has two paths over the same weights: fused where nothing asks to look inside, plain where a patch, an attention override, a
+mask or per-token modulation does. Rounding points are the same in both: norm and modulation, each linear, GELU and residual round once each.
 """
 
 from __future__ import annotations
-
 
 import functools
 import math
@@ -24,7 +23,6 @@ from ..kernels.targets import code_form, resolve_compute
 from .formats.checkpoint import FluxCheckpoint, HostLinear
 from .linear import Ending, Leaf, PackedLinear, PlainLinear, parameter
 from .runtime import Runtime
-
 
 EPS = 1e-6
 Linear = PackedLinear | PlainLinear
@@ -202,7 +200,10 @@ class DoubleBlock(nn.Module):
         transformer_options: dict | None = None,
         **unknown: object,
     ) -> tuple[Tensor, Tensor]:
-        """img [B, Li, D], txt [B, Lt, D], vec [B, D], pe [B|1, 1, Lt + Li, d/2, 2, 2] (text first) -> (img, txt). Unknown keywords are ignored."""
+        """img [B, Li, D], txt [B, Lt, D], vec [B, D], pe [B|1, 1, Lt + Li, d/2, 2, 2] (text first) -> (img, txt).
+
+        Unknown keywords are ignored.
+        """
         self.runtime.check_cancel()
         options = transformer_options or {}
         compute = compute_mode(options, img.device)
@@ -332,8 +333,8 @@ def build_blocks(
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
     """All double and single blocks, re-packed and filled from the checkpoint.
 
-    dtype: compute type, of unquantised leaves and norms. device: where the parameters are left. target: the device that will compute: it decides
-    the code form of the packed layout, and re-packing runs there (seconds on a GPU). norm_param: name of the q/k norms' parameter.
+    dtype: compute type, of unquantised leaves. device: where the parameters are left. target: the device that will compute: it decides the
+    code form of the packed layout, and re-packing runs there (seconds on a GPU). norm_param: name of the q/k norms' parameter.
     progress(done, total) is called once a linear. Raises CheckpointError (see models/formats/checkpoint.py).
     """
     runtime = runtime or Runtime()
@@ -468,7 +469,10 @@ class Flux(nn.Module):
         guidance: Tensor | None = None,
         transformer_options: dict | None = None,
     ) -> Tensor:
-        """Latent x [B, C, h, w] (h, w even), timestep [B], context [B, L, context_in_dim], y [B, vec_in_dim], guidance [B] -> velocity [B, C, h, w]."""
+        """Latent x [B, C, h, w] (h, w even), timestep and guidance [B], context [B, L, context_in_dim], y [B, vec_in_dim]
+
+        -> velocity [B, out_channels, h, w].
+        """
         b, _, h, w = x.shape
         p = self.config.get("patch_size", 2)
         img = F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)  # channel-major patches, as the host's rearrange

@@ -1,7 +1,7 @@
 """The leaf modules of a 4-bit network: one per host linear, all packed storage in one uint8 parameter called `weight`.
 
-A host counts, moves, pins and streams parameters called `weight` and `bias` of modules that carry `comfy_cast_weights`; that is all it needs
-to know of these. Formula of a part: y = Q(x / smooth) @ W4^T + (x @ down^T) @ up^T + bias (SVDQuant, arXiv 2411.05007).
+A host counts, moves, pins and streams parameters called `weight` and `bias` of modules that carry `comfy_cast_weights`; that is all it
+needs to know of these. Formula of a part: y = Q(x / smooth) @ W4^T + (x @ down^T) @ up^T + bias (SVDQuant, arXiv 2411.05007).
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def normalised(x: Tensor | list[Tensor], norm: Norm | None) -> Tensor:
 class PackedLinear(Leaf):
     """A host linear in 4 bit.
 
-    `weight`: uint8 [spec.nbytes], the packed layout of kernels/layout.py. `bias`: [N] in the file's type (fp32 for modulation layers), so that
-    a bf16 file in float16 compute loses nothing.
+    `weight`: uint8 [spec.nbytes], the packed layout of kernels/layout.py. `bias`: [N] in the file's type (fp32 for modulation layers), so
+    that a bf16 file in float16 compute loses nothing.
     """
 
     def __init__(self, spec: layout.PackSpec, weight: Tensor, bias: Tensor | None, runtime: Runtime):
@@ -147,7 +147,14 @@ class PackedLinear(Leaf):
         return [x[..., p.col_offset : p.col_offset + p.k] for p in self.spec.parts] if isinstance(x, Tensor) else x
 
     def _fused(
-        self, xs: list[Tensor], parts: list[layout.PartView], bias: Tensor | None, compute: str, norm: Norm | None, ending: Ending, out: Tensor | None
+        self,
+        xs: list[Tensor],
+        parts: list[layout.PartView],
+        bias: Tensor | None,
+        compute: str,
+        norm: Norm | None,
+        ending: Ending,
+        out: Tensor | None,
     ) -> Tensor:
         batch, length = xs[0].shape[:2]
         rows = batch * length
@@ -207,7 +214,7 @@ class PackedLinear(Leaf):
         return self._dense(self.weight, self.bias)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
-        """The host's hook for reading a packed weight: bytes (the host may have cast them to a float type, which is exact) -> dense fp32 [N, K]."""
+        """The host's hook for reading a packed weight: bytes -> dense fp32 [N, K]. The host may have cast the bytes to fp32: that is exact."""
         return self._dense(weight.to(torch.uint8), None)[0]
 
     def set_weight(self, weight: Tensor, *args: object, **kwargs: object) -> None:

@@ -108,8 +108,11 @@ def merged_weight(module: PackedLinear, branch: Branch | None) -> Tensor:
     return weight
 
 
-def shift_of(module: PackedLinear) -> Tensor | None:
-    """fp32 [N]: what a layer's stored bias lacks against the plain layer's, because its activations are shifted; None for other layers."""
-    if module.bias is None or not any(part.act_unsigned for part in module.spec.parts):
-        return None
+def shifts_input(module: PackedLinear) -> bool:
+    """Whether a layer adds a constant to its input, which its stored bias takes back (INT4 layers fed by a GELU)."""
+    return module.bias is not None and any(part.act_unsigned for part in module.spec.parts)
+
+
+def shift_of(module: PackedLinear) -> Tensor:
+    """fp32 [N]: what such a layer's stored bias lacks against the plain layer's."""
     return module.dense()[1] - module.bias.float()

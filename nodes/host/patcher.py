@@ -7,6 +7,7 @@ there) and are hidden only while the host's own code loads, moves or merges weig
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...models.linear import PackedLinear
-from .branches import Branch, Patch, PatchError, make_branch, merged_weight, planned_elements, shift_of
+from .branches import Branch, Patch, PatchError, make_branch, merged_weight, planned_elements, shift_of, shifts_input
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +96,10 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
         added = super().add_patches(patches, *args, **kwargs)
         for key in {k if isinstance(k, str) else k[0] for k in added if str(k if isinstance(k, str) else k[0]).endswith(".bias")}:
             module = self.packed.get(key.removesuffix("bias") + "weight")
-            shift = None if module is None else shift_of(module)
-            for patch in self.patches[key][before.get(key, 0) :] if shift is not None else []:
+            for patch in self.patches[key][before.get(key, 0) :] if module is not None and shifts_input(module) else []:
                 kept = 0.0 if isinstance(patch[1], tuple) and patch[1][0] == "set" else patch[2]
                 if kept != 1.0:
-                    self.patches[key].append((kept - 1.0, ("diff", (shift,)), 1.0, None, shift_correction))
+                    self.patches[key].append((kept - 1.0, ("diff", (shift_of(module),)), 1.0, None, shift_correction))
         return added
 
     def get_key_patches(self, *args: object, **kwargs: object) -> dict[str, list]:
@@ -107,10 +107,9 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
         listed = super().get_key_patches(*args, **kwargs)
         for key, module in self.packed.items():
             bias_key = key.removesuffix("weight") + "bias"
-            if bias_key in listed and (shift := shift_of(module)) is not None:
-                bias = listed[bias_key][0][0]
-                rest = [p for p in listed[bias_key][1:] if p[4] is not shift_correction]
-                listed[bias_key] = [(bias.float() + shift.to(bias.device), lambda weight, **_: weight), *rest]
+            if bias_key in listed and shifts_input(module):
+                (bias, _), *rest = listed[bias_key]
+                listed[bias_key] = [(bias, functools.partial(add_shift, module)), *(p for p in rest if p[4] is not shift_correction)]
         return listed
 
     # -- loading and unloading --------------------------------------------------------------------------------------------------------
@@ -263,6 +262,11 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
 def shift_correction(weight: Tensor) -> Tensor:
     """Identity; as a patch's function it marks what add_patches added for a shifted bias."""
     return weight
+
+
+def add_shift(module: PackedLinear, bias: Tensor, **_: object) -> Tensor:
+    """The plain layer's bias from a shifted layer's stored one: the host's convert function, so it costs only whoever asks for the numbers."""
+    return bias.float() + shift_of(module).to(bias.device)
 
 
 def same(a: object, b: object) -> bool:

@@ -150,7 +150,8 @@ def load_flux(path: str, where: Placement, disable_dynamic: bool = False) -> Ton
     model_type = comfy.model_base.ModelType.FLOW if schnell else comfy.model_base.ModelType.FLUX
     if where.load.type == "cuda":
         comfy.model_management.free_memory(1 << 30, where.load)  # room to re-pack one layer at a time
-    network = functools.partial(TonfaFlux, checkpoint=checkpoint, target=where.load, progress=progress_bar())
+    target = where.load if where.load.type == "cuda" else torch.device("cpu")  # other back ends lack types that re-packing needs
+    network = functools.partial(TonfaFlux, checkpoint=checkpoint, target=target, progress=progress_bar())
     model = TonfaModel(config, model_type=model_type, device=where.offload, unet_model=network)
     model.diffusion_model.eval()
     checkpoint.close()

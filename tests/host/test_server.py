@@ -22,6 +22,7 @@ from tonfa.models.comfyui import find_comfyui
 from .lab import DATA, loaded, sample, snr, twin
 
 PACK = Path(tonfa.__file__).parent
+SHIM = Path(__file__).resolve().parent / "shim"  # its sitecustomize.py lets torchvision be imported beside a CPU torch
 MODEL = DATA / "mini_flux_int4.safetensors"
 STARTS_WITHIN, RUNS_WITHIN = 150, 60
 # The small models' conditioning is narrower than any text encoder's, so a node of the test's own makes it: lab.conditioning's numbers.
@@ -62,7 +63,9 @@ class Server:
             "--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
         ]  # fmt: skip
         self.log = open(self.base / "server.log", "w+", encoding="utf-8")  # noqa: SIM115 (closed with the server)
-        self.process = subprocess.Popen(command, cwd=find_comfyui(), stdout=self.log, stderr=subprocess.STDOUT)
+        path = os.pathsep.join(filter(None, [str(SHIM), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path}
+        self.process = subprocess.Popen(command, cwd=find_comfyui(), env=environment, stdout=self.log, stderr=subprocess.STDOUT)
         self.wait(lambda: self.get("/object_info/NunchakuFluxDiTLoader"), STARTS_WITHIN, "answer")
         return self
 

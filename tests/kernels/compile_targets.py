@@ -77,8 +77,8 @@ def instruction(target: Target, operands: str) -> str:
 def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, ranks=32, unsigned=False, ragged=False) -> Variant:
     tile = quantize_tile(target, 4608)
     codes = {"plain": dtype, "nvfp4": dtype}.get(kind, torch.uint8 if byte_codes else torch.int8)
-    types = {n: "i32" for n in ("M", "K", "KP", "x_row", "shift_row", "scale_row", "rows_per_batch")} | {"eps": "fp32"}
-    types |= {n: "*fp32" for n in ("smooth", "scales", "lowrank")} | {n: POINTERS[dtype] for n in ("x", "shift", "scale")}
+    types = dict.fromkeys(("M", "K", "KP", "x_row", "shift_row", "scale_row", "rows_per_batch"), "i32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("smooth", "scales", "lowrank"), "*fp32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
     types |= {"down": "*bf16", "codes": POINTERS[codes]}
     constants = {
         "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": not ragged,
@@ -93,14 +93,16 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segme
     kernel_kind, e4m3, fold = matmul.variant_of(kind, code_form)
     tile = matmul_tile(target, kernel_kind, rows)
     codes = dtype if kind == "plain" else torch.uint8 if code_form == "e4m3" else torch.int8
-    types = {n: "i32" for n in matmul._w4_matmul.arg_names} | {"x": POINTERS[codes]}
-    types |= {n: "*fp32" for n in ("x_scales", "lowrank", "channel_scale", "shift_bias")}
+    types = dict.fromkeys(matmul._w4_matmul.arg_names, "i32") | {"x": POINTERS[codes]}
+    types |= dict.fromkeys(("x_scales", "lowrank", "channel_scale", "shift_bias"), "*fp32")
     types |= {"codes": "*u8", "scales": "*u8" if kind == "plain" else "*bf16", "up": "*bf16"}
-    types |= {n: POINTERS[dtype] for n in ("bias", "out", "residual", "gate")}
+    types |= dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
+    single = {"M": 1, "rows_per_batch": 1} if rows == 1 else {}  # Triton makes constants of arguments that are 1
     switches = {n: bool(flags.get(n)) for n in ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")}
     constants = {
         "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": min(rank & -rank, 32),
-        "SEGMENTS": segments, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": 8, "EMULATE": False, **switches,
+        "SEGMENTS": segments, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": 8, "PTX": target.name.startswith("sm_"),
+        "EMULATE": False, **switches, **single,
     }  # fmt: skip
     operands = "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "fp16" if dtype == torch.float16 else "bf16"
     wanted = instruction(target, operands)
@@ -109,7 +111,7 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segme
 
 def linear_variant(target, dtype, rows) -> Variant:
     tile = linear_tile(target, rows)
-    types = {n: "i32" for n in linear._w4a16_linear.arg_names} | {"x": POINTERS[dtype], "out": POINTERS[dtype]}
+    types = dict.fromkeys(linear._w4a16_linear.arg_names, "i32") | {"x": POINTERS[dtype], "out": POINTERS[dtype]}
     types |= {"codes": "*u8", "scales": "*bf16", "zeros": "*bf16", "bias": "*fp32"}
     constants = {"x_col": 1, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "EMULATE": False}
     return Variant(f"w4a16_linear M={rows}", linear._w4a16_linear, types, constants, tile.warps, tile.stages, None)

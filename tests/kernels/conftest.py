@@ -12,7 +12,15 @@ import os
 
 import pytest
 
-KERNEL_MODULES = ("rounding", "qk_norm_rope_triton", "norm_modulate_triton", "smooth_quantize_triton", "w4_matmul_triton", "w4a16_linear_triton", "probe_triton")
+KERNEL_MODULES = (
+    "rounding",
+    "qk_norm_rope_triton",
+    "norm_modulate_triton",
+    "smooth_quantize_triton",
+    "w4_matmul_triton",
+    "w4a16_linear_triton",
+    "probe_triton",
+)
 
 
 def _import_interpreted() -> bool:

@@ -47,4 +47,5 @@ def test_kernels_compile_well(compiled, target):
         assert row["spilled"] == 0, f"{label}: spills {row['spilled']}"
         assert row["shared"] <= row["limit"], f"{label}: {row['shared']} bytes of shared memory, the target has {row['limit']}"
     instructions = {row["instruction"] for row in rows if row["kernel"].startswith("w4_matmul")}
-    assert len(instructions) == {"sm_75": 0, "sm_100": 2}.get(target, 3), "8-bit, bf16 and fp16 operands (sm_100 has one name for the last two)"
+    operands = {"sm_75": 0, "sm_100": 2}.get(target, 3)  # 8-bit, bf16, fp16; sm_100 has one name for the last two
+    assert len(instructions) == operands

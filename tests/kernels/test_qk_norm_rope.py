@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-
-
 from tonfa.kernels.qk_norm_rope import qk_norm_rope_
 from tonfa.kernels.qk_norm_rope_torch import qk_norm_rope_torch
 

@@ -1,4 +1,4 @@
-"""smooth_quantize: the oracle against the formulas of KERNELS section 1 in fp64, the kernel (interpreter) against the oracle, code for code."""
+"""smooth_quantize: the oracle against its formulas in fp64, the kernel (interpreter) against the oracle, code for code."""
 
 from __future__ import annotations
 

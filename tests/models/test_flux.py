@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tonfa.models.flux import Flux, Mod
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.linear import PackedLinear, PlainLinear
@@ -30,13 +29,13 @@ def densify(model):
 def inputs(config, batch=1, dtype=torch.float32, h=8, w=12, seed=0):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731
-    return dict(
-        x=draw(batch, config["in_channels"], h, w),
-        timestep=torch.full((batch,), 0.7),
-        context=draw(batch, 11, config["context_in_dim"]),
-        y=draw(batch, config["vec_in_dim"]),
-        guidance=torch.full((batch,), 3.5) if config["guidance_embed"] else None,
-    )
+    return {
+        "x": draw(batch, config["in_channels"], h, w),
+        "timestep": torch.full((batch,), 0.7),
+        "context": draw(batch, 11, config["context_in_dim"]),
+        "y": draw(batch, config["vec_in_dim"]),
+        "guidance": torch.full((batch,), 3.5) if config["guidance_embed"] else None,
+    }
 
 
 def block_inputs(model, batch, dtype, seed=0):
@@ -46,12 +45,12 @@ def block_inputs(model, batch, dtype, seed=0):
     hidden, text, image = model.config["hidden_size"], 5, 12
     ids = torch.randint(0, 9, (1, text + image, 3), generator=g).float()
     draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731
-    return dict(
-        img=draw(batch, image, hidden),
-        txt=draw(batch, text, hidden),
-        vec=draw(batch, hidden),
-        pe=rope_table(ids, model.config["axes_dim"], 1e4),
-    )
+    return {
+        "img": draw(batch, image, hidden),
+        "txt": draw(batch, text, hidden),
+        "vec": draw(batch, hidden),
+        "pe": rope_table(ids, model.config["axes_dim"], 1e4),
+    }
 
 
 def relative(got, want):
@@ -139,7 +138,7 @@ def test_modulation_by_token_slices():
     other = torch.randn_like(a["vec"])
     two = torch.stack((a["vec"], other), 1)
     same = torch.stack((a["vec"], a["vec"]), 1)
-    kw = dict(transformer_options=mode("weight_only"))
+    kw = {"transformer_options": mode("weight_only")}
     with torch.inference_mode():
         base = block(**a, **kw)
         repeated = block(**{**a, "vec": same}, modulation_dims_img=[(0, 7, 0), (7, 12, 1)], **kw)

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from tonfa.kernels import layout
 from tonfa.kernels.norm_modulate import Norm
 from tonfa.models.linear import Ending, PackedLinear, PlainLinear
 from tonfa.models.runtime import Runtime
+from torch.nn import functional as F
 
 TOLERANCE = {"weight_only": 1e-5, "exact": 0.25, "fast": 0.05}  # random codes on Gaussian input; what 4 and 8 bits may cost
 

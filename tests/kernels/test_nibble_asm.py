@@ -1,0 +1,48 @@
+"""The inline PTX that unpacks four nibbles at once, carried out on Python integers: the interpreter cannot run it, and no GPU is needed.
+
+Every byte must become what the Triton form of the same function makes of it.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+matmul = pytest.importorskip("tonfa.kernels.w4_matmul_triton", reason="Triton is not installed: pip install triton==3.6.0")
+
+OPS = {
+    "shr": lambda a, b: a >> b,
+    "shl": lambda a, b: (a << b) & 0xFFFFFFFF,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "add": lambda a, b: (a + b) & 0xFFFFFFFF,
+    "not": lambda a: ~a & 0xFFFFFFFF,
+}
+
+
+def run_ptx(text: str, word: int) -> int:
+    registers = {"$1": word}
+    for name, arguments in re.findall(r"(\w+)\.[bu]32 ([^;]+);", text.replace(".reg .b32", "")):
+        target, *sources = (a.strip() for a in arguments.split(","))
+        registers[target] = OPS[name](*(registers[s] if s in registers else int(s, 0) for s in sources))
+    return registers["$0"]
+
+
+def unpacked(asm, packed: list[int]) -> torch.Tensor:
+    text = getattr(asm, "value", asm)
+    words = [run_ptx(text, int.from_bytes(bytes(packed[i : i + 4]), "little")) for i in range(0, len(packed), 4)]
+    return torch.tensor([b for word in words for b in word.to_bytes(4, "little")], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_byte(half):
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.cat([torch.arange(256), torch.randint(0, 256, (1024,), generator=generator)]).tolist()
+    nibbles = torch.tensor([(b >> (4 * half)) & 15 for b in packed])
+    e4m3 = unpacked((matmul._E4M3_LOW, matmul._E4M3_HIGH)[half], packed).view(torch.float8_e4m3fn).float() * 2**9
+    magnitude = torch.where(nibbles == 8, 8, nibbles & 7)
+    assert torch.equal(e4m3, torch.where(nibbles >= 8, -magnitude, magnitude).float())
+    int8 = unpacked((matmul._INT8_LOW, matmul._INT8_HIGH)[half], packed).view(torch.int8)
+    assert torch.equal(int8.int(), 16 * torch.where(nibbles >= 8, nibbles - 16, nibbles).int())
