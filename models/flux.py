@@ -2,7 +2,7 @@
 
 Structure and parameter names are the host's (black-forest-labs/flux, native names), so that its forward, LoRA key maps and patches fit.
 Every block has two paths over the same weights: fused where nothing asks to look inside, plain where a patch, an attention override, a
-mask or per-token modulation does. Rounding points are the same in both: norm and modulation, each linear, GELU and residual round once each.
+mask or per-token modulation does. Rounding points are the same in both: once each for norm and modulation, linear, GELU and residual.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ class PackedLinear(Leaf):
         return self._dense(self.weight, self.bias)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
-        """The host's hook for reading a packed weight: bytes -> dense fp32 [N, K]. The host may have cast the bytes to fp32: that is exact."""
+        """The host's hook for reading a packed weight: bytes, perhaps cast to fp32 (which is exact) -> dense fp32 [N, K]."""
         return self._dense(weight.to(torch.uint8), None)[0]
 
     def set_weight(self, weight: Tensor, *args: object, **kwargs: object) -> None:

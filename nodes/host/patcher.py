@@ -265,7 +265,7 @@ def shift_correction(weight: Tensor) -> Tensor:
 
 
 def add_shift(module: PackedLinear, bias: Tensor, **_: object) -> Tensor:
-    """The plain layer's bias from a shifted layer's stored one: the host's convert function, so it costs only whoever asks for the numbers."""
+    """The plain layer's bias from a shifted layer's stored one; as the host's convert function it costs only whoever asks."""
     return bias.float() + shift_of(module).to(bias.device)
 
 

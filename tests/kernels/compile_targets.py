@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 import triton
+from tonfa.kernels import norm_modulate_triton as norm_modulate
+from tonfa.kernels import qk_norm_rope_triton as rope
 from tonfa.kernels import smooth_quantize_triton as quantize
 from tonfa.kernels import w4_matmul_triton as matmul
 from tonfa.kernels import w4a16_linear_triton as linear
@@ -55,7 +57,8 @@ def compile_variant(variant: Variant, target: Target):
     constants = {(names.index(n),): v for n, v in variant.constants.items()}
     # As in a launch at FLUX sizes: pointers and sizes are multiples of 16, except what the variant names as ragged.
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] != "constexpr" and signature[n] != "fp32"}
-    attrs.pop((names.index("M"),), None)
+    if "M" in names:
+        attrs.pop((names.index("M"),), None)
     source = ASTSource(variant.fn, signature, constants, attrs)
     return triton.compile(source, target=gpu_target(target), options={"num_warps": variant.warps, "num_stages": variant.stages})
 
@@ -117,6 +120,19 @@ def linear_variant(target, dtype, rows) -> Variant:
     return Variant(f"w4a16_linear M={rows}", linear._w4a16_linear, types, constants, tile.warps, tile.stages, None)
 
 
+def elementwise_variants(target: Target, dtype) -> list[Variant]:
+    tile = quantize_tile(target, 4608)
+    kernel = norm_modulate._norm_modulate
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32"} | dict.fromkeys(("x", "shift", "scale", "out"), POINTERS[dtype])
+    constants = {"x_col": 1, "EVEN_K": True, "BM": tile.bm, "BK": tile.bk, "EMULATE": False}
+    norm = Variant("norm_modulate", kernel, types, constants, tile.warps, tile.stages, None)
+    kernel = rope.qk_norm_rope_kernel
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32", "qkv": POINTERS[dtype]}
+    types |= dict.fromkeys(("query_scale", "key_scale", "pe"), "*fp32")
+    constants = {"HEADS": 24, "BLOCK_H": 32, "D": 128, "ROPE": True, "EMULATE": False}
+    return [norm, Variant("qk_norm_rope", kernel, types, constants, 4, 3, None)]
+
+
 def variants(target: Target) -> list[Variant]:
     """What this target would be asked to run; every constexpr branch of every kernel appears somewhere."""
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -125,6 +141,7 @@ def variants(target: Target) -> list[Variant]:
             quantize_variant("exact, no low rank", target, fp16, "int", 7, False, norm=True, ranks=0),
             linear_variant(target, fp16, 1),
             linear_variant(target, fp16, 4),
+            *elementwise_variants(target, fp16),
         ]
     form = "e4m3" if target.e4m3_dot else "int8"
     row = target.e4m3_dot
@@ -142,6 +159,7 @@ def variants(target: Target) -> list[Variant]:
         matmul_variant("nvfp4 fp16", target, fp16, "plain", form, 512),
         linear_variant(target, bf16, 1),
         linear_variant(target, bf16, 4),
+        *elementwise_variants(target, bf16),
     ]
     return found
 
