@@ -23,6 +23,7 @@ import nodes
 CPU = torch.device("cpu")
 DATA = Path(__file__).resolve().parent.parent / "data"
 FP32 = Placement(CPU, CPU, torch.float32)
+MADE = tempfile.TemporaryDirectory(prefix="tonfa-made-")  # goes when the process ends
 CONTEXT, POOLED = 96, 64  # widths of the small models' conditioning
 CONFIG = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": POOLED, "context_in_dim": CONTEXT,
@@ -68,7 +69,7 @@ def host_fields(config: dict) -> dict:
 def made(precision: str = "int4", seed: int = 0, **changes: object) -> Path:
     """A checkpoint of random weights in the published layout, written by our own writer. `changes` go into its configuration."""
     config = {**CONFIG, **changes}
-    path = Path(tempfile.mkdtemp(prefix="tonfa-made-")) / f"svdq-{precision}_r16-made.safetensors"
+    path = Path(tempfile.mkdtemp(dir=MADE.name)) / f"svdq-{precision}_r16-made.safetensors"
     write_flux(path, random_state(config, seed), config, rank=16, precision=precision)
     return path
 

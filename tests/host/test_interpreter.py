@@ -19,7 +19,8 @@ SCRIPT = """
 import sys, tempfile
 host, here, file, steps, out = sys.argv[1:]
 sys.path[:0] = [host, here]
-sys.argv = ["main.py", "--cpu", "--base-directory", tempfile.mkdtemp()]
+base = tempfile.TemporaryDirectory()
+sys.argv = ["main.py", "--cpu", "--base-directory", base.name]
 import comfy.options
 comfy.options.enable_args_parsing()
 import torch
