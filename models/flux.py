@@ -61,8 +61,11 @@ class RMSNorm(Leaf):
         setattr(self, name, parameter(scale))  # takes the place of the None when the name is `weight`
 
     def scale_on(self, device: torch.device) -> Tensor:
-        # Small enough to copy wherever it is needed; only `weight` and `bias` would be streamed by a host.
-        return getattr(self, self._name).to(device)
+        """The scale [D] on `device`, with what a host adds to it where it streams the weight."""
+        if self._name != "weight":  # hosts stream and patch only what is called so
+            return getattr(self, self._name).to(device)
+        with self.runtime.acquire(self, device) as (weight, _):
+            return weight if weight is self.weight else weight.clone()  # a streaming buffer is used again
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.scale_on(x.device).float(), EPS).to(x.dtype)

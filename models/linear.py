@@ -238,10 +238,10 @@ class Side:
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y [..., N] + the branch on x [..., K], summed in fp32 and rounded once to y's type."""
-        self.down, self.up, self.delta = (None if t is None else t.to(x.device) for t in (self.down, self.up, self.delta))
+        down, up, delta = (None if t is None else t.to(x.device, x.dtype) for t in (self.down, self.up, self.delta))
         total = y.float()
-        if self.down is not None:
-            total = total + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype)).float()
-        if self.delta is not None:
-            total = total + F.linear(x, self.delta.to(x.dtype)).float()
+        if down is not None:
+            total = total + F.linear(F.linear(x, down), up).float()
+        if delta is not None:
+            total = total + F.linear(x, delta).float()
         return total.to(y.dtype)
