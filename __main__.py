@@ -44,10 +44,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.command == "doctor":
+    if options.command == "doctor":  # before anything that imports torch: a missing or broken torch is what it is there to report
         from tonfa.models import doctor
 
         return doctor.report(as_json=options.json)
+    if problem := torch_problem():
+        return refuse(problem)
     if options.command == "inspect":
         return inspect(options.file, options.json)
     if options.command == "dequantize":
@@ -57,10 +59,33 @@ def run(options: argparse.Namespace) -> int:
 
         inside.work(options.inside_comfyui)
         return 0
-    from tonfa.models import demo
+    return demo(options.out, use_comfyui=not options.no_comfyui)
 
-    demo.run(options.out, use_comfyui=not options.no_comfyui)
-    return 0
+
+def refuse(sentence: object) -> int:
+    print(f"{PROGRAM}: {sentence}", file=sys.stderr)
+    return 2
+
+
+def torch_problem() -> str | None:
+    """A sentence when torch cannot be imported, else None."""
+    try:
+        import torch
+
+        torch.__version__  # noqa: B018  (a torch that was half removed imports as an empty package)
+    except Exception as error:
+        why = next(iter(str(error).strip().splitlines()), "no message")
+        return f"torch cannot be imported ({type(error).__name__}: {why}); run this with ComfyUI's Python, or see what `doctor` says."
+    return None
+
+
+def refusals(command: str) -> tuple[type[Exception], ...]:
+    """What a command raises when it refuses a file. Read only when something was raised, because importing it imports torch."""
+    if command == "doctor":
+        return (OSError,)
+    from tonfa.models.formats.checkpoint import CheckpointError
+
+    return (CheckpointError, OSError)
 
 
 def inspect(file: Path, as_json: bool) -> int:
@@ -73,7 +98,7 @@ def inspect(file: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps(facts, indent=2))
     elif broken:
-        print(f"{PROGRAM}: {facts['sentence']}", file=sys.stderr)
+        refuse(facts["sentence"])
     else:
         print(format_report(facts))
     return 2 if broken else 0
@@ -83,7 +108,7 @@ def dequantize(source: Path, target: Path) -> int:
     from tonfa.models.dequantize import dequantize as convert
     from tqdm import tqdm
 
-    with tqdm(unit="layer", desc="dequantize", delay=1) as bar:
+    with tqdm(unit="B", unit_scale=True, desc="dequantize", delay=1) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -94,24 +119,32 @@ def dequantize(source: Path, target: Path) -> int:
     return 0
 
 
+def demo(out: Path, use_comfyui: bool) -> int:
+    from tonfa.models.demo_picture import pillow_problem
+
+    if problem := pillow_problem():
+        return refuse(problem)
+    from tonfa.models import demo as small
+
+    small.run(out, use_comfyui=use_comfyui)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status. A file that cannot be used is one sentence on stderr and exit status 2."""
     if not __package__:
         become_package()
     options = parser().parse_args(arguments)
-    from tonfa.models.formats.checkpoint import CheckpointError
-
     try:
         return run(options)
     except BrokenPipeError:  # the reader of our output, `| head` for one, has had enough
         sys.stdout = None
         return 0
-    except (CheckpointError, OSError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM}: stopped", file=sys.stderr)
         return 130
+    except refusals(options.command) as error:
+        return refuse(error)
 
 
 if __name__ == "__main__":

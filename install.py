@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 
-# torch (major, minor) -> the Triton series that belongs to it. models/doctor.py reads this table too.
+# torch (major, minor) -> the Triton series that belongs to it. models/doctor.py holds a copy, because this file must run on its own.
 TRITON_OF_TORCH = {
     (2, 9): (3, 5),
     (2, 10): (3, 6),

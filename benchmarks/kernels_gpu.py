@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from tonfa.kernels.layout import LogicalLinear, PartView, pack, plan, views
-from tonfa.kernels.norm_modulate import Norm
+from tonfa.kernels.norm_modulate import Norm, norm_modulate, norm_modulate_torch
+from tonfa.kernels.qk_norm_rope import qk_norm_rope_
+from tonfa.kernels.qk_norm_rope_torch import qk_norm_rope_torch
 from tonfa.kernels.smooth_quantize import smooth_quantize
 from tonfa.kernels.smooth_quantize_torch import smooth_quantize_torch
 from tonfa.kernels.targets import code_form, target_for, triton_reason
@@ -118,12 +120,16 @@ def measure(what: str, layer: LogicalLinear, rows: int, mode: str, dtype=torch.b
     if ending == "norm, gelu":
         norm = Norm(*torch.randn(2, 1, layer.k, generator=g, device="cuda").to(dtype), rows_per_batch=rows)
         options = {"gelu_from": layer.segments[-1]}
+    if ending == "accumulate":
+        options = {"accumulate": True}
     if ending == "gate":
         options = {"gate": torch.randn(1, layer.n, generator=g, device="cuda").to(dtype), "rows_per_batch": rows}
         options["residual"] = torch.randn(rows, layer.n, generator=g, device="cuda").to(dtype)
 
+    before = torch.randn(rows, layer.n, generator=g, device="cuda").to(dtype)
+
     def poisoned():
-        return torch.full((rows, layer.n), float("nan"), dtype=dtype, device="cuda")
+        return before.clone() if ending == "accumulate" else torch.full_like(before, float("nan"))
 
     want_q = smooth_quantize_torch(x, view, mode, norm)
     got_q, again_q = smooth_quantize(x, view, mode, norm), smooth_quantize(x, view, mode, norm)
@@ -160,6 +166,23 @@ def measure_w4a16(rows: int) -> Row:
     )  # fmt: skip
 
 
+def measure_elementwise(name: str, dtype: torch.dtype) -> Row:
+    """norm_modulate and qk_norm_rope_ at FLUX size, batch 2, against their oracles."""
+    g = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(2, 2304, 9216, generator=g, device="cuda").to(dtype)
+    if name == "norm_modulate":
+        x = x[..., :3072].reshape(-1, 3072)
+        norm = Norm(*torch.randn(2, 2, 3072, generator=g, device="cuda").to(dtype), rows_per_batch=2304)
+        run, oracle = lambda: norm_modulate(x, norm), lambda: norm_modulate_torch(x, norm)
+    else:
+        angle = torch.rand(1, 1, 2304, 64, generator=g, device="cuda") * 6
+        pe = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), -1).unflatten(-1, (2, 2))
+        scales = torch.rand(2, 128, generator=g, device="cuda") + 0.5
+        run, oracle = lambda: qk_norm_rope_(x.clone(), *scales, pe, 24), lambda: qk_norm_rope_torch(x.clone(), *scales, pe, 24)
+    error, same, ours = relative(run(), oracle()), torch.equal(run(), run()), median_us(run)
+    return Row(f"{name} {str(dtype).removeprefix('torch.')}", "-", 4608, x.shape[-1], 0, error, error, 1.0, same, 0.0, ours, 0.0, 0.0, 0.0)
+
+
 def cases(quick: bool):
     """Every (label, layer, rows, mode, dtype, ending) to measure; layers are made once and used for all their cases."""
     for n, k, segments in SHAPES[:2] if quick else SHAPES:
@@ -174,6 +197,12 @@ def cases(quick: bool):
                 for mode in ("exact", "fast"):
                     yield precision, layer, 4608, mode, torch.float16, "gate"
                     yield precision, layer, 4095, mode, torch.bfloat16, "gate"
+                    yield precision, layer, 4608, mode, torch.bfloat16, "accumulate"
+                    for rank in (16, 128):
+                        yield f"{precision} rank {rank}", random_linear(precision, n, k, rank=rank), 4608, mode, torch.bfloat16, "plain"
+            if len(segments) > 1 and precision == "int4":
+                for mode in ("exact", "fast"):
+                    yield "int4", layer, 4608, mode, torch.float16, ending
 
 
 HEADER = (
@@ -212,6 +241,10 @@ def main() -> int:
     for m in (1, 4):
         rows.append(measure_w4a16(m))
         print(line(rows[-1]), flush=True)
+    for name in ("norm_modulate", "qk_norm_rope"):
+        for dtype in (torch.bfloat16, torch.float16):
+            rows.append(measure_elementwise(name, dtype))
+            print(line(rows[-1]), flush=True)
     wrong = sum(not r.good for r in rows)
     print(f"{len(rows)} cases, {wrong} wrong (limit {LIMIT}), {time.time() - start:.0f} s")
     if args.json:

@@ -11,8 +11,8 @@ multiples of 128, Rp is the rank rounded up to a multiple of 16, S the number of
     scales         16-bit or e4m3 [Kp/G, Np]                       padding: ones
     zeros          like scales [Kp/64, Np]                         w4a16 only, padding: zeros
     smooth         fp32   [Kp]                                     W4A4 only, padding: ones
-    down           bf16   [Kp, S*Rp]                               rank > 0 only
-    up             bf16   [Np, Rp]                                 rank > 0 only
+    down           16-bit [Kp, S*Rp]                               rank > 0 only, bf16 or fp16 as in the file
+    up             16-bit [Np, Rp]                                 rank > 0 only, the same type
     channel_scale  fp32   [Np]                                     NVFP4 only, padding: ones
     shift_bias     fp32   [Np]         SHIFT * rowsum(W4/smooth)   act_unsigned only
 
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 SHIFT = 0.171875  # added to GELU outputs before they are quantised without a sign (INT4 files); exact in bf16 and fp16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ALIGN = 256
@@ -40,6 +40,7 @@ _MAGIC = b"TonfaW4\0"
 _HEADER = struct.Struct("<8sIIQI")  # magic, version, number of parts, bytes, crc32 of the plan
 _GROUP = {"int4": 64, "nvfp4": 16, "w4a16": 64}
 _SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn}
+_PAIR_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
 
 
@@ -87,6 +88,8 @@ class LogicalLinear:
             raise ValueError(f"{self.precision} scales are {self.scales.dtype}, expected {' or '.join(map(str, allowed))}")
         if (self.down is None) != (self.up is None):
             raise ValueError("one half of the low-rank pair is missing: give both down and up, or neither")
+        if self.up is not None and (self.up.dtype not in _PAIR_DTYPES.values() or self.down.dtype != self.up.dtype):
+            raise ValueError(f"the low-rank pair is {self.down.dtype} and {self.up.dtype}, expected bfloat16 or float16, both the same")
         if (self.zeros is not None) != (self.precision == "w4a16"):
             raise ValueError("zeros belong to w4a16 layers, and every w4a16 layer needs them")
         if self.zeros is not None and self.zeros.dtype != self.scales.dtype:
@@ -180,7 +183,8 @@ def dense_bias(layer: LogicalLinear) -> Tensor | None:
 def stack_rows(a: LogicalLinear, b: LogicalLinear) -> LogicalLinear:
     """One layer whose outputs are those of a, then those of b (FLUX linear1 = qkv and fc1 on the same input).
 
-    Raises ValueError when the two do not share their quantised input (precision, K, smooth, signedness) or a ends inside a tile.
+    Raises ValueError when the two do not share their quantised input (precision, K, smooth, signedness), when a ends inside a tile, or when
+    their low-rank pairs differ in type.
     """
     if (a.precision, a.k, a.act_unsigned, a.scales.dtype) != (b.precision, b.k, b.act_unsigned, b.scales.dtype):
         raise ValueError("the two layers differ in precision, K, scale type or signedness: they cannot share one quantised input")
@@ -220,15 +224,18 @@ def _stack_low_rank(a: LogicalLinear, b: LogicalLinear) -> tuple[Tensor | None, 
     if rank == 0:
         return None, None
     downs, ups = [], []
-    dtype = next(t.dtype for t in (a.up, b.up) if t is not None)
+    dtypes = {t.dtype for t in (a.up, b.up) if t is not None}
+    if len(dtypes) > 1:
+        raise ValueError("the low-rank pairs of the two layers differ in type: they cannot be stacked")
+    dtype = dtypes.pop()
     for layer in (a, b):
         if layer.up is None:
             downs.append(torch.zeros(len(layer.segments) * rank, layer.k, dtype=dtype, device=layer.codes.device))
             ups.append(torch.zeros(layer.n, rank, dtype=dtype, device=layer.codes.device))
             continue
         down = layer.down.view(len(layer.segments), layer.rank, layer.k)
-        downs.append(F.pad(down, (0, 0, 0, rank - layer.rank)).reshape(-1, layer.k).to(dtype))
-        ups.append(F.pad(layer.up, (0, rank - layer.rank)).to(dtype))
+        downs.append(F.pad(down, (0, 0, 0, rank - layer.rank)).reshape(-1, layer.k))
+        ups.append(F.pad(layer.up, (0, rank - layer.rank)))
     return torch.cat(downs), torch.cat(ups)
 
 
@@ -253,7 +260,7 @@ class PartSpec:
     """One quantised GEMM inside one host linear. n, k and rank are the true, unpadded sizes.
 
     code_form: int4 "int8" (two's complement nibbles) or "e4m3" (sign-magnitude nibbles, the spare code 0b1000 is -8); nvfp4 "e2m1";
-    w4a16 "u4". scale_dtype: "bf16", "fp16" or "e4m3". row_offset and col_offset: where its rows and columns lie inside the host linear.
+    w4a16 "u4". scale_dtype: "bf16", "fp16" or "e4m3". pair_dtype: "bf16" or "fp16". row_offset and col_offset: where its rows and columns lie inside the host linear.
     """
 
     precision: str
@@ -264,6 +271,7 @@ class PartSpec:
     act_unsigned: bool
     code_form: str
     scale_dtype: str
+    pair_dtype: str
     has_channel_scale: bool
     row_offset: int = 0
     col_offset: int = 0
@@ -293,8 +301,9 @@ class PartSpec:
         else:
             shapes["smooth"] = (torch.float32, (kp,))
         if self.rank:
-            shapes["down"] = (torch.bfloat16, (kp, len(self.segments) * rp))
-            shapes["up"] = (torch.bfloat16, (np, rp))
+            pair = _PAIR_DTYPES[self.pair_dtype]
+            shapes["down"] = (pair, (kp, len(self.segments) * rp))
+            shapes["up"] = (pair, (np, rp))
         if self.has_channel_scale:
             shapes["channel_scale"] = (torch.float32, (np,))
         if self.act_unsigned:
@@ -375,12 +384,17 @@ def plan(out_features: int, in_features: int, parts: list[tuple[LogicalLinear, i
                 act_unsigned=layer.act_unsigned,
                 code_form={"int4": code_form, "nvfp4": "e2m1", "w4a16": "u4"}[layer.precision],
                 scale_dtype=_SCALE_NAMES[layer.scales.dtype],
+                pair_dtype=_pair_name(layer),
                 has_channel_scale=layer.channel_scale is not None,
                 row_offset=row,
                 col_offset=col,
             )
         )
     return PackSpec(out_features, in_features, tuple(specs))
+
+
+def _pair_name(layer: LogicalLinear) -> str:
+    return "fp16" if layer.up is not None and layer.up.dtype == torch.float16 else "bf16"
 
 
 def _sign_magnitude(codes: Tensor) -> Tensor:
@@ -433,10 +447,13 @@ def pack(spec: PackSpec, layers: list[LogicalLinear], out: Tensor | None = None)
 
 def _check_layer(part: PartSpec, layer: LogicalLinear) -> None:
     found = (layer.precision, layer.n, layer.k, layer.rank, tuple(layer.segments), layer.act_unsigned)
-    found += (_SCALE_NAMES[layer.scales.dtype], layer.channel_scale is not None)
-    planned = (part.precision, part.n, part.k, part.rank, part.segments, part.act_unsigned, part.scale_dtype, part.has_channel_scale)
+    found += (_SCALE_NAMES[layer.scales.dtype], _pair_name(layer), layer.channel_scale is not None)
+    planned = (part.precision, part.n, part.k, part.rank, part.segments, part.act_unsigned)
+    planned += (part.scale_dtype, part.pair_dtype, part.has_channel_scale)
     if found != planned:
-        raise ValueError(f"the layer (precision, N, K, rank, segments, unsigned, scales, channel scale) is {found}, planned was {planned}")
+        raise ValueError(
+            f"the layer (precision, N, K, rank, segments, unsigned, scales, pair, channel scale) is {found}, planned was {planned}"
+        )
 
 
 def _fill(view: PartView, layer: LogicalLinear) -> None:
@@ -462,6 +479,24 @@ def _fill(view: PartView, layer: LogicalLinear) -> None:
         view.channel_scale[:n].copy_(layer.channel_scale)
     if view.shift_bias is not None:
         view.shift_bias[:n].copy_(shift_bias(layer))
+
+
+def largest_weight(spec: PackSpec, blob: Tensor) -> float:
+    """An upper bound of any |dense weight| in a blob, from its scales and low-rank pair alone."""
+    bound = 0.0
+    for view in views(spec, blob):
+        code = {"int4": 8.0, "nvfp4": 6.0, "w4a16": 15.0}[view.spec.precision]
+        weight = code * view.scales.float().abs().max()
+        if view.zeros is not None:
+            weight = weight + view.zeros.float().abs().max()
+        if view.channel_scale is not None:
+            weight = weight * view.channel_scale.abs().max()
+        if view.smooth is not None:
+            weight = weight / view.smooth.abs().min()
+        if view.up is not None:
+            weight = weight + view.spec.rank * view.up.float().abs().max() * view.down.float().abs().max()
+        bound = max(bound, float(weight))
+    return bound
 
 
 def views(spec: PackSpec, blob: Tensor) -> list[PartView]:
@@ -493,12 +528,13 @@ def check_header(spec: PackSpec, blob: Tensor) -> None:
 
 
 def unpack(spec: PackSpec, blob: Tensor) -> list[LogicalLinear]:
-    """Exact inverse of `pack` (bias None; smooth comes back as fp32, the low-rank pair as bf16). Raises ValueError as `check_header`."""
+    """Exact inverse of `pack` (bias None; smooth comes back as fp32). Raises ValueError as `check_header`."""
     check_header(spec, blob)
-    return [_unpack_part(view) for view in views(spec, blob)]
+    return [unpack_view(view) for view in views(spec, blob)]
 
 
-def _unpack_part(view: PartView) -> LogicalLinear:
+def unpack_view(view: PartView) -> LogicalLinear:
+    """One part as a LogicalLinear (bias None, smooth fp32). Unlike `unpack` it does not wait for the device."""
     part = view.spec
     n, k, groups, rank = part.n, part.k, part.k // part.group, part.rank
     codes = unpack_nibbles(view.codes)[:n, :k]

@@ -41,6 +41,15 @@ def rounded_finite(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def rounded_or_kept(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
+    """As `rounded`, but what fp16 cannot hold stays as it is: it becomes a code and a scale, which can."""
+    y = rounded(x, DTYPE, EMULATE)
+    if tl.float16 == DTYPE:
+        y = tl.where(tl.abs(x) > 65504.0, x, y)
+    return y
+
+
+@triton.jit
 def storable(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
     """fp32 -> DTYPE tensor for a store, to nearest even."""
     if EMULATE and tl.bfloat16 == DTYPE:

@@ -2,7 +2,8 @@
 
     m = LN(x)*(1+scale)+shift  (with a norm)          rounded to the compute type (x.dtype)
     h = m @ down                                      fp32: the low-rank branch sees m, not divided, not shifted, not quantised
-    v = (m [+ SHIFT]) / smooth                        true division, rounded to the compute type; SHIFT for unsigned layers in exact only
+    v = (m [+ SHIFT]) / smooth                        true division, rounded to the compute type (what fp16 cannot hold is left in fp32);
+                                                      SHIFT for unsigned layers in exact only
     codes, scales of v by precision and mode:
 
     precision  mode   kind    codes                                              scales
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import SHIFT, PartView
-from .norm_modulate import Norm, norm_modulate_torch, round_to
+from .norm_modulate import Norm, norm_modulate_torch
 
 
 @dataclass(eq=False)
@@ -57,6 +58,17 @@ def check_input(x: Tensor, part: PartView, mode: str, norm: Norm | None) -> None
                 raise ValueError(f"norm.{name} has shape {list(tensor.shape)}, expected [{batches}, {spec.k}]")
 
 
+def plain_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of "plain" codes: bf16 for fp16 too, because x / smooth can leave fp16's range."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def rounded_or_kept(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 v rounded to `dtype`, as fp32; what fp16 cannot hold stays as it is: it becomes a code and a scale, which can."""
+    rounded = v.to(dtype).float()
+    return torch.where(v.abs() > 65504.0, v, rounded) if dtype == torch.float16 else rounded
+
+
 def divide(a: Tensor, b: float) -> Tensor:
     """IEEE a / b. On CUDA torch turns a division by a Python number into a product with its reciprocal."""
     return a / torch.full((), b, dtype=a.dtype, device=a.device)
@@ -75,14 +87,14 @@ def _scaled(v: Tensor, amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
 
 
 def _group_codes(v: Tensor, largest: int, low: int, high: int) -> tuple[Tensor, Tensor]:
-    groups = v.view(v.shape[0], -1, 64)
+    groups = v.view(v.shape[0], v.shape[1] // 64, 64)
     scale, ratio = _scaled(groups, groups.abs().amax(dim=2, keepdim=True), float(largest))
     codes = torch.round(ratio).clamp(low, high).to(torch.int8).view(v.shape)
     return codes, scale[:, :, 0].t().contiguous()
 
 
 def _nvfp4_values(v: Tensor) -> Tensor:
-    groups = v.view(v.shape[0], -1, 16)
+    groups = v.view(v.shape[0], v.shape[1] // 16, 16)
     scale = divide(groups.abs().amax(dim=2, keepdim=True), 6.0).clamp(max=448.0)
     ratio = torch.where(scale > 0, groups / torch.where(scale > 0, scale, 1.0), 0.0)
     return (e2m1_round(ratio) * scale.to(torch.float8_e4m3fn).float()).view(v.shape)
@@ -96,11 +108,11 @@ def smooth_quantize_torch(x: Tensor, part: PartView, mode: str, norm: Norm | Non
     lowrank = None if part.down is None else m.float() @ part.down[: spec.k].float()
     shifted = spec.act_unsigned and mode == "exact"
     v = m.float() + SHIFT if shifted else m.float()
-    v = round_to(v / part.smooth[: spec.k], dtype).float()
+    v = rounded_or_kept(v / part.smooth[: spec.k], dtype)
     if spec.k != spec.k_padded:
         v = F.pad(v, (0, spec.k_padded - spec.k))
     if spec.precision == "nvfp4":
-        codes = (_nvfp4_values(v) if mode == "exact" else v).to(dtype)
+        codes = (_nvfp4_values(v) if mode == "exact" else v).to(plain_dtype(dtype))
         return QuantizedInput("plain", codes, None, lowrank, dtype)
     if mode == "exact":
         codes, scales = _group_codes(v, 15, 0, 15) if shifted else _group_codes(v, 7, -8, 7)

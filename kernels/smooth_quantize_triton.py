@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .layout import SHIFT, PartView
 from .norm_modulate import Norm
-from .rounding import dot_split, e4m3_byte, e4m3_value, rne, rounded_finite, storable
-from .smooth_quantize_torch import QuantizedInput
+from .rounding import dot_split, e4m3_byte, e4m3_value, rne, rounded_finite, rounded_or_kept, storable
+from .smooth_quantize_torch import QuantizedInput, plain_dtype
 from .targets import interpreting, launch_device, target_for
 from .tiles import quantize_tile
 
@@ -92,16 +92,16 @@ def _nvfp4(v, BM: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _store_codes(
-    codes, scales, v, row_scale, rows, cols, k, M, KP, DTYPE: tl.constexpr, KIND: tl.constexpr,
+    codes, scales, v, row_scale, rows, cols, k, M, KP, KIND: tl.constexpr,
     LARGEST: tl.constexpr, BYTES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Codes of one v tile [BM, BK] and, for groups of 64, their scales."""
     at = rows.to(tl.int64)[:, None] * KP + cols[None, :]
     mask = (rows < M)[:, None] & (cols >= 0)[None, :]
     if KIND == "plain":
-        tl.store(codes + at, storable(v, DTYPE, EMULATE), mask=mask)
+        tl.store(codes + at, storable(v, codes.dtype.element_ty, EMULATE), mask=mask)
     elif KIND == "nvfp4":
-        tl.store(codes + at, storable(_nvfp4(v, BM, BK), DTYPE, EMULATE), mask=mask)
+        tl.store(codes + at, storable(_nvfp4(v, BM, BK), codes.dtype.element_ty, EMULATE), mask=mask)
     elif KIND == "e4m3":
         ratio = tl.div_rn(v, tl.broadcast_to(row_scale[:, None], v.shape))
         tl.store(codes + at, e4m3_byte(ratio, EMULATE), mask=mask)
@@ -149,16 +149,16 @@ def _smooth_quantize(
                 if not EVEN_K:
                     m = tl.where((cols < K)[None, :], m, 0.0)
             divisor = tl.broadcast_to(tl.load(smooth + cols)[None, :], (BM, BK))
-            v = rounded_finite(tl.div_rn(m + _SHIFT if UNSIGNED else m, divisor), DTYPE, EMULATE)
+            v = rounded_or_kept(tl.div_rn(m + _SHIFT if UNSIGNED else m, divisor), DTYPE, EMULATE)
             if not EVEN_K:
                 v = tl.where((cols < K)[None, :], v, 0.0)
             if step == PASSES - 1:
                 if RANKS > 0:
                     at = cols[:, None] * RANKS + ranks[None, :]
                     d = tl.load(down + at, mask=(ranks < RANKS)[None, :], other=0.0).to(tl.float32)
-                    h = dot_split(m, d, h, tl.bfloat16 != DTYPE, False, EMULATE)
+                    h = dot_split(m, d, h, tl.bfloat16 != DTYPE, tl.bfloat16 != down.dtype.element_ty, EMULATE)
                 if chunk == 0:
-                    _store_codes(codes, scales, v, row_scale, rows, cols, k, M, KP, DTYPE, KIND, LARGEST, BYTES, BM, BK, EMULATE)
+                    _store_codes(codes, scales, v, row_scale, rows, cols, k, M, KP, KIND, LARGEST, BYTES, BM, BK, EMULATE)
             else:
                 amax = tl.maximum(amax, tl.max(tl.abs(v), axis=1))
         if step < PASSES - 1:
@@ -183,13 +183,18 @@ def kind_of(part: PartView, mode: str) -> tuple[str, str, int]:
 
 def _outputs(x: Tensor, part: PartView, kind: str) -> QuantizedInput:
     rows, kp = x.shape[0], part.spec.k_padded
-    dtype = x.dtype if kind == "plain" else torch.uint8 if part.spec.code_form == "e4m3" else torch.int8
+    dtype = plain_dtype(x.dtype) if kind == "plain" else torch.uint8 if part.spec.code_form == "e4m3" else torch.int8
     shape = {"plain": None, "e4m3": (rows,)}.get(kind, (kp // 64, rows))
     scales = None if shape is None else torch.empty(shape, dtype=torch.float32, device=x.device)
     lowrank = None
     if part.down is not None:
         lowrank = torch.empty(rows, part.down.shape[1], dtype=torch.float32, device=x.device)
     return QuantizedInput(kind, torch.empty(rows, kp, dtype=dtype, device=x.device), scales, lowrank, x.dtype)
+
+
+def rank_block(ranks: int, dtype: torch.dtype) -> int:
+    """Columns of the low-rank product a program makes: more would spill registers beside a norm. Other types than bf16 take two dots."""
+    return min(max(16, triton.next_power_of_2(ranks)), 64 if dtype == torch.bfloat16 else 32)
 
 
 def _last_contiguous(values: Tensor) -> Tensor:
@@ -205,7 +210,7 @@ def smooth_quantize_triton(x: Tensor, part: PartView, mode: str, norm: Norm | No
         return q
     tile = quantize_tile(target_for(x.device), rows)
     ranks = 0 if part.down is None else part.down.shape[1]
-    rank_block = min(max(16, triton.next_power_of_2(ranks)), 128)
+    columns = rank_block(ranks, x.dtype)
     shift = scale = part.smooth  # never read without a norm
     shift_row = scale_row = rows_per_batch = 1
     eps = 0.0
@@ -214,13 +219,13 @@ def smooth_quantize_triton(x: Tensor, part: PartView, mode: str, norm: Norm | No
         shift_row, scale_row, rows_per_batch = shift.stride(0), scale.stride(0), min(norm.rows_per_batch, rows)
     dummy = q.codes
     with launch_device(x.device):
-        _smooth_quantize[(triton.cdiv(rows, tile.bm), max(1, triton.cdiv(ranks, rank_block)))](
+        _smooth_quantize[(triton.cdiv(rows, tile.bm), max(1, triton.cdiv(ranks, columns)))](
             x, part.smooth, part.down if ranks else dummy, shift, scale, q.codes, dummy if q.scales is None else q.scales,
             dummy if q.lowrank is None else q.lowrank, rows, k, part.spec.k_padded, x.stride(0), x.stride(1), shift_row, scale_row,
             rows_per_batch, eps,
             KIND=kernel_kind, LARGEST=largest, BYTES=part.spec.code_form == "e4m3", UNSIGNED=part.spec.act_unsigned and mode == "exact",
             NORM=norm is not None, ONE_BATCH=rows_per_batch >= rows or rows_per_batch % tile.bm == 0, EVEN_K=k == part.spec.k_padded,
-            RANKS=ranks, RB=rank_block, BM=tile.bm, BK=tile.bk, EMULATE=interpreting(),
+            RANKS=ranks, RB=columns, BM=tile.bm, BK=tile.bk, EMULATE=interpreting(),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return q

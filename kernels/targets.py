@@ -69,7 +69,7 @@ def _target_of(kind: str, index: int) -> Target:
 def _key(device: torch.device | str) -> tuple[str, int]:
     device = torch.device(device)
     if device.type != "cuda":
-        return device.type, 0
+        return device.type, device.index or 0
     return "cuda", torch.cuda.current_device() if device.index is None else device.index
 
 
@@ -127,6 +127,8 @@ def _launch_reason(kind: str, index: int) -> str | None:
         from .probe_triton import probe
 
         right = probe(torch.device(kind, index))
+    except torch.OutOfMemoryError:  # says nothing about Triton: raised, so that lru_cache keeps no answer
+        raise
     except Exception as error:  # the compiler, the linker, the driver: whatever stops a launch stops every launch
         text = str(error).strip()
         return f"a Triton launch fails here ({type(error).__name__}: {text.splitlines()[-1] if text else 'no message'})"

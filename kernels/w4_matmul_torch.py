@@ -52,7 +52,7 @@ def dequantized_input(q: QuantizedInput, code_form: str) -> Tensor:
     values = q.codes.float()
     if q.kind == "int4" and code_form == "e4m3":
         values = torch.where(values >= 128, 128 - values, values)
-    return (values.view(values.shape[0], -1, 64) * q.scales.t()[:, :, None]).view(values.shape)
+    return (values.view(values.shape[0], values.shape[1] // 64, 64) * q.scales.t()[:, :, None]).view(values.shape)
 
 
 def dequantized_weight(part: PartView) -> Tensor:

@@ -121,7 +121,7 @@ def _add_lowrank(acc, lowrank, up, n, m, seg, ROWS: tl.constexpr, RANK: tl.const
         ranks = r + tl.arange(0, RB)
         u = tl.load(up + n[:, None] * RANK + ranks[None, :]).to(tl.float32)
         h = tl.load(lowrank + m.to(tl.int64)[None, :] * ROWS + (seg * RANK + ranks)[:, None])
-        acc = dot_split(u, h, acc, False, True, EMULATE)
+        acc = dot_split(u, h, acc, tl.bfloat16 != up.dtype.element_ty, True, EMULATE)
     return acc
 
 

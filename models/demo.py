@@ -48,7 +48,7 @@ class Run:
 def run(out: Path, use_comfyui: bool = True) -> None:
     """Makes the checkpoint, samples it in every way, writes out/demo.png, prints the table. OSError when `out` cannot be written."""
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="tonfa-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tonfa-demo-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / FILE
         with tqdm(desc="writing the checkpoint", unit="layer", delay=1) as bar:
             write_checkpoint(path, progress=lambda done, total: (setattr(bar, "total", total), bar.update(done - bar.n)))
@@ -85,7 +85,9 @@ def standalone(path: Path) -> list[Run]:
     with tqdm(total=STEPS * len(RUNS), unit="step", desc="sampling") as bar:
         for name in RUNS:
             dtype = torch.float32 if name == "dense float32" else torch.bfloat16
-            model = Flux(open_checkpoint(path), dtype, device).eval()
+            checkpoint = open_checkpoint(path)
+            model = Flux(checkpoint, dtype, device).eval()
+            checkpoint.close()  # Windows removes no folder with a mapped file in it
             if name.startswith("dense"):
                 make_dense(model, dtype)
             compute = "auto" if name.startswith("dense") else name
@@ -187,4 +189,5 @@ def write_run(folder: Path, result: Run) -> None:
 
 def read_run(folder: Path, name: str) -> Run:
     facts = json.loads((folder / f"{name}.json").read_text())
-    return Run(latent=load_file(folder / f"{name}.safetensors")["latent"], **facts)
+    latent = load_file(folder / f"{name}.safetensors")["latent"].clone()  # not a view of the file, which is about to be removed
+    return Run(latent=latent, **facts)

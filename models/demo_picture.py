@@ -11,6 +11,20 @@ PANEL, MARGIN, LABEL = 384, 12, 26
 GAINS = (1, 2, 4, 8, 16, 32, 64)
 
 
+def pillow_problem() -> str | None:
+    """A sentence when draw() could not draw, else None. Asked before the work starts, not after it."""
+    try:
+        import PIL
+        from PIL import Image, ImageDraw  # noqa: F401  (the compiled half may be broken)
+
+        if tuple(int(number) for number in PIL.__version__.split(".")[:2]) >= (10, 1):  # text of a chosen size
+            return None
+        found = f"finds Pillow {PIL.__version__}, which is too old"
+    except Exception as error:
+        found = f"cannot import Pillow ({type(error).__name__}: {error})"
+    return f'the demo draws a picture and {found}; run `pip install ".[demo]"` in the folder of this pack, with the same Python.'
+
+
 def to_rgb(latent: Tensor) -> Tensor:
     """latent [1, 16, h, w] -> RGB [3, h, w] by a fixed linear map of 16 channels to 3, orthonormal rows, not yet scaled to 0..1."""
     rows = torch.linalg.qr(torch.randn(16, 3, generator=torch.Generator().manual_seed(3)))[0].T

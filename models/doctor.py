@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ TRITON_RANGE = ((3, 5), (3, 9))
 # The same table as install.py's (which must run on its own); a test holds them together. Used where torch itself names no Triton.
 TRITON_OF_TORCH = {(2, 9): (3, 5), (2, 10): (3, 6), (2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7), (2, 14): (3, 8), (2, 15): (3, 9)}
 TRITON_DISTRIBUTIONS = ("triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu", "triton-xpu")
+AMD_VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 MARKS = {"ok": " ok ", "warn": "note", "fail": "FAIL"}
 
 
@@ -55,20 +57,75 @@ def check_python() -> Check:
     return Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.release()} ({platform.machine()})")
 
 
+def build_of(torch) -> str:
+    """What this torch was built for: "CUDA", "ROCm", "XPU" or "CPU"."""
+    version = torch.version
+    return "CUDA" if version.cuda else "ROCm" if version.hip else "XPU" if getattr(version, "xpu", None) else "CPU"
+
+
+def nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is installed: its kernel module, its library as WSL has it, or its tool."""
+    places = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1")
+    return any(Path(place).exists() for place in places) or shutil.which("nvidia-smi") is not None
+
+
+def amd_driver() -> bool:
+    return Path("/dev/kfd").exists()
+
+
+def gpu_reason(torch) -> str:
+    """Why torch.cuda.is_available() is False, in torch's own words."""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # RuntimeError from the driver, AssertionError from builds without CUDA
+        return first_line(error)
+    return "torch names no reason"
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
 def check_torch(torch) -> Check:
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
-    found = f"torch {torch.__version__} ({build} build)"
+    """The version, and whether this build can use the GPU whose driver is installed."""
+    build = build_of(torch)
+    version = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}.get(build, "")
+    found = f"torch {torch.__version__} ({f'{build} {version}'.strip()} build)"
     if series(torch.__version__) < OLDEST_TORCH:
         return Check("torch", "fail", found, f"Update torch to {dotted(OLDEST_TORCH)} or newer, the way your ComfyUI was installed.")
-    nvidia = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-    if build == "CPU" and nvidia:
-        return Check("torch", "warn", f"{found}, but there is an NVIDIA driver", "Install a CUDA build of torch to use the GPU.")
+    if build == "XPU" or gpu_available(torch):
+        return Check("torch", "ok", found)
+    nvidia, driver = nvidia_driver(), amd_driver() if build == "ROCm" else build == "CUDA" and nvidia_driver()
+    if driver:
+        what, variables = ("NVIDIA", ("CUDA_VISIBLE_DEVICES",)) if build == "CUDA" else ("AMD", AMD_VARIABLES)
+        hidden = ", ".join(f"{name} is {os.environ[name]!r}" for name in variables if name in os.environ)
+        found += f", but it can use no GPU, although an {what} driver is here: {gpu_reason(torch)}" + (f" ({hidden})" if hidden else "")
+        mend = f"Update the {what} driver, and check that {' or '.join(variables)} does not hide the GPU"
+        return Check("torch", "fail", found, mend + (", and that you may open /dev/kfd (group render)." if what == "AMD" else "."))
+    if nvidia:
+        mend = "Install the CUDA build of torch that ComfyUI recommends (its README has the command) into this Python."
+        return Check("torch", "fail", f"{found}, but an NVIDIA driver is here: {gpu_reason(torch)}", mend)
+    if build != "CPU":
+        return Check(
+            "torch", "warn", f"{found}, but no GPU driver was found: {gpu_reason(torch)}", "If there is a GPU, install its driver."
+        )
     return Check("torch", "ok", found)
 
 
+def triton_requirement() -> tuple[str, str] | None:
+    """(distribution, version) of the Triton that the installed torch itself requires; None when it names none."""
+    try:
+        requirements = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (re.match(r"((?:pytorch-)?triton(?:-\w+)*)\s*\(?==\s*(\d+\.\d+[\w.+]*)", requirement) for requirement in requirements)
+    return next(((named[1], named[2]) for named in found if named), None)
+
+
 def installed_triton() -> tuple[str, str] | None:
-    """(distribution, version) of the Triton that is installed, or None."""
-    for name in TRITON_DISTRIBUTIONS:
+    """(distribution, version) of the Triton that is installed, or None; the one that torch requires goes first."""
+    required = triton_requirement()
+    for name in (*([required[0]] if required else []), *TRITON_DISTRIBUTIONS):
         try:
             return name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -78,21 +135,27 @@ def installed_triton() -> tuple[str, str] | None:
 
 def triton_of(torch_version: str) -> tuple[int, int] | None:
     """The Triton series that belongs to the installed torch: what torch itself requires, else the table; None when neither knows."""
-    try:
-        requirements = importlib.metadata.requires("torch") or []
-    except importlib.metadata.PackageNotFoundError:
-        requirements = []
-    for requirement in requirements:
-        named = re.match(r"(?:pytorch-)?triton[\w-]*\s*\(?==\s*(\d+)\.(\d+)", requirement)
-        if named:
-            return int(named[1]), int(named[2])
-    return TRITON_OF_TORCH.get(series(torch_version))
+    required = triton_requirement()
+    return series(required[1]) if required else TRITON_OF_TORCH.get(series(torch_version))
 
 
-def check_triton(torch_version: str, found: tuple[str, str] | None, wanted: tuple[int, int] | None, gpu: bool, windows: bool) -> Check:
-    """Whether the Triton `found` belongs to this torch. Without a GPU that Triton can use nothing about it is wrong."""
-    package = "triton-windows" if windows else "triton"
-    install = f'Run: python -m pip install "{package}=={dotted(wanted)}.*"' if wanted else "Install the Triton that belongs to your torch."
+def triton_mend(build: str, torch_version: str, windows: bool) -> str:
+    """How to get the Triton of this torch. ROCm and XPU builds have one of their own, which plain triton would overwrite."""
+    required, wanted = triton_requirement(), triton_of(torch_version)
+    if build in ("ROCm", "XPU"):
+        if required is None:
+            return f"Reinstall torch from its {build} index: its own Triton comes with it."
+        return f'Run: python -m pip install "{required[0]}=={required[1]}", with the --index-url that this torch came from.'
+    if windows and wanted:
+        return f'Run: python -m pip install "triton-windows=={dotted(wanted)}.*"'
+    if required:
+        return f'Run: python -m pip install "{required[0]}=={required[1]}"'
+    return f'Run: python -m pip install "triton=={dotted(wanted)}.*"' if wanted else "Install the Triton that belongs to your torch."
+
+
+def check_triton(torch_version: str, found: tuple[str, str] | None, wanted: tuple[int, int] | None, gpu: bool, install: str) -> Check:
+    """Whether the Triton `found` belongs to this torch; `install` says how to get the right one. Without a GPU that Triton can use
+    nothing about it is wrong."""
     if found is None:
         if gpu:
             return Check("triton", "fail", "no Triton: the slower torch code is used", install)
@@ -139,15 +202,22 @@ def check_headers(gpu: bool, windows: bool) -> Check:
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     mend = f"Install them (Debian, Ubuntu: sudo apt install {name}-dev; Fedora: sudo dnf install python3-devel)."
     if windows:
-        mend = f"Copy the folders include and libs of a normal Python {platform.python_version()} into {sys.prefix}."
+        python = f"Python {platform.python_version()}"
+        mend = f"Copy the `include` and `libs` folders of the same Python version ({python}) into python_embeded ({sys.prefix})."
     return Check("Python headers", "fail", found, mend)
 
 
 # -- GPU and kernels --------------------------------------------------------------------------------------------------------------
 
 
+def gpu_available(torch) -> bool:
+    with warnings.catch_warnings():  # what it warns of is in check_torch's sentence
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
 def devices(torch) -> list:
-    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [torch.device("cpu")]
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if gpu_available(torch) else [torch.device("cpu")]
 
 
 def has_matrix_units(device) -> bool:
@@ -157,12 +227,29 @@ def has_matrix_units(device) -> bool:
     return target_for(device).has_dot
 
 
-def describe_device(torch, device) -> Check:
-    from ..kernels.targets import resolve_compute, target_for
+def check_compute() -> Check:
+    """TONFA_COMPUTE, which takes the place of compute auto: a wrong one stops every workflow that leaves compute at auto."""
+    from ..kernels.targets import COMPUTE_MODES
 
-    target, compute = target_for(device).name, resolve_compute("auto", device)
-    forced = os.environ.get("TONFA_COMPUTE")
-    how = f"target {target}, compute {compute}" + (f" (TONFA_COMPUTE={forced})" if forced else "")
+    asked = os.environ.get("TONFA_COMPUTE", "")
+    if asked and asked.strip().lower() not in COMPUTE_MODES:
+        return Check("TONFA_COMPUTE", "fail", f"it is {asked!r}, which is no compute mode", "Unset it or set exact, fast or weight_only.")
+    return Check("TONFA_COMPUTE", "ok", f"it is {asked!r}" if asked else "not set")
+
+
+def describe_device(torch, device) -> Check:
+    """What the device is, which operands INT4 layers are multiplied in there, by which kernels, and what compute auto means."""
+    from ..kernels.targets import code_form, resolve_compute, target_for, triton_reason
+
+    path = "Triton kernels"
+    if triton_reason(device) is not None:
+        some = triton_reason(device, needs_dot=False) is None
+        path = "torch path, Triton kernels for the modulation layers only" if some else "torch path"
+    try:
+        compute = resolve_compute("auto", device)
+    except ValueError:
+        compute = "not decided (see TONFA_COMPUTE)"
+    how = f"target {target_for(device).name}, {code_form(device)} operands for INT4, {path}, compute {compute}"
     if device.type == "cpu":
         return Check("GPU", "ok", f"none that this torch can use; the CPU runs everything: {how}")
     facts = torch.cuda.get_device_properties(device)
@@ -183,18 +270,18 @@ def check_launch(device) -> Check:
     )
 
 
-def self_tests(torch, device) -> Iterator[Check]:
-    """Every op against its torch oracle (where Triton runs) and against the dense product."""
+def self_tests(device, where: str = "") -> Iterator[Check]:
+    """Every op against its torch oracle (where Triton runs) and against the dense product; `where` goes behind the name."""
     try:
         from . import selftest
     except Exception as error:
-        yield Check("self-test", "fail", f"cannot be imported ({type(error).__name__}: {error})", "Install the pack again.")
+        yield Check(f"self-test{where}", "fail", f"cannot be imported ({type(error).__name__}: {error})", "Install the pack again.")
         return
     for name, test in selftest.TESTS.items():
         try:
-            yield self_test_result(name, test(device))
+            yield self_test_result(name + where, test(device))
         except Exception as error:  # whatever a driver or compiler raises belongs in the report
-            yield Check(name, "fail", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", selftest.MEND)
+            yield Check(name + where, "fail", f"{type(error).__name__}: {first_line(error)}", selftest.MEND)
 
 
 def self_test_result(name: str, errors: list) -> Check:
@@ -248,26 +335,32 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
         return Check(name, "fail", f"{type(error).__name__}: {error}", "Report this line.")
 
 
-def checks() -> Iterator[Check]:
-    """All checks, in the order in which one mends what is wrong."""
+def checks(announce: Callable[[str], None] = lambda text: None) -> Iterator[Check]:
+    """All checks, in the order in which one mends what is wrong. `announce` is told what is about to take long."""
     yield check_python()
     try:
         import torch
+
+        build = build_of(torch)  # a torch that was half removed imports as an empty package
     except Exception as error:
         mend = "Run this with the Python that runs ComfyUI, or install ComfyUI's requirements into this one."
-        yield Check("torch", "fail", f"cannot be imported ({type(error).__name__}: {error})", mend)
+        yield Check("torch", "fail", f"cannot be imported ({type(error).__name__}: {first_line(error)})", mend)
         yield check_comfyui()
+        yield check_original()
         return
-    windows = platform.system() == "Windows"
-    gpu = any(has_matrix_units(device) for device in devices(torch))
-    yield check_torch(torch)
-    yield check_triton(torch.__version__, installed_triton(), triton_of(torch.__version__), gpu, windows)
+    windows, here = platform.system() == "Windows", devices(torch)
+    gpu = any(has_matrix_units(device) for device in here)
+    yield guarded("torch", lambda: check_torch(torch))
+    install = triton_mend(build, torch.__version__, windows)
+    yield check_triton(torch.__version__, installed_triton(), triton_of(torch.__version__), gpu, install)
     yield check_compiler(gpu, windows)
     yield check_headers(gpu, windows)
-    for device in devices(torch):
+    yield guarded("TONFA_COMPUTE", check_compute)
+    for device in here:
+        announce(f"testing kernels on {device} ...")
         yield guarded("GPU", lambda d=device: describe_device(torch, d))
         yield guarded("launch", lambda d=device: check_launch(d))
-    yield from self_tests(torch, devices(torch)[0])
+        yield from self_tests(device, f" on {device}" if len(here) > 1 else "")
     yield check_comfyui()
     yield check_original()
 
@@ -275,7 +368,7 @@ def checks() -> Iterator[Check]:
 def report(as_json: bool = False) -> int:
     """Prints every check as it is done; returns 1 when one failed, else 0."""
     done = []
-    for check in checks():
+    for check in checks((lambda text: None) if as_json else lambda text: print(f"       {text}", flush=True)):
         done.append(check)
         if not as_json:
             print(f"[{MARKS[check.state]}] {check.name}: {check.found}" + (f"\n       -> {check.mend}" if check.mend else ""), flush=True)

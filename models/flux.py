@@ -21,7 +21,7 @@ from ..kernels.norm_modulate import Norm, norm_modulate
 from ..kernels.qk_norm_rope import qk_norm_rope_
 from ..kernels.targets import code_form, resolve_compute
 from .formats.checkpoint import FluxCheckpoint, HostLinear
-from .linear import Ending, Leaf, PackedLinear, PlainLinear, parameter
+from .linear import LARGEST_FP16, Ending, Leaf, PackedLinear, PlainLinear, parameter
 from .runtime import Runtime
 
 EPS = 1e-6
@@ -88,9 +88,11 @@ class SelfAttention(nn.Module):
 
 def modulated(x: Tensor, mod: Mod, dims: Dims | None) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift in fp32, rounded once. x [B, L, D]."""
-    if dims is None:
-        return norm_modulate(x.reshape(-1, x.shape[-1]), _norm(x, mod)).view(x.shape)
+    if dims is None and mod.shift.shape[1] == 1:
+        return norm_modulate(x.reshape(x.shape[:-1].numel(), x.shape[-1]), _norm(x, mod)).view(x.shape)
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
+    if dims is None:  # a modulation per token
+        return (normed * (1 + mod.scale.float()) + mod.shift.float()).to(x.dtype)
     out = torch.empty_like(x)
     for start, end, row in dims:
         out[:, start:end] = (normed[:, start:end] * (1 + mod.scale[:, row : row + 1].float()) + mod.shift[:, row : row + 1].float()).to(
@@ -111,7 +113,7 @@ def gated(x: Tensor, y: Tensor, gate: Tensor, dims: Dims | None) -> Tensor:
 
 def _norm(x: Tensor, mod: Mod) -> Norm:
     batch = x.shape[0]
-    return Norm(mod.shift[:, 0].expand(batch, -1), mod.scale[:, 0].expand(batch, -1), x.shape[1], EPS)
+    return Norm(mod.shift[:, 0].expand(batch, -1), mod.scale[:, 0].expand(batch, -1), max(x.shape[1], 1), EPS)
 
 
 def _residual(x: Tensor, gate: Tensor) -> Ending:
@@ -120,7 +122,7 @@ def _residual(x: Tensor, gate: Tensor) -> Ending:
 
 def heads_first(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, L, 3 * H * D] -> q, k, v views [B, H, L, D]."""
-    q, k, v = qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unflatten(-1, (3, heads, qkv.shape[-1] // (3 * heads))).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
@@ -327,7 +329,6 @@ class SingleBlock(nn.Module):
 def build_blocks(
     checkpoint: FluxCheckpoint,
     *,
-    dtype: torch.dtype,
     device: torch.device | str = "cpu",
     runtime: Runtime | None = None,
     norm_param: str = "scale",
@@ -336,9 +337,9 @@ def build_blocks(
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
     """All double and single blocks, re-packed and filled from the checkpoint.
 
-    dtype: compute type, of unquantised leaves. device: where the parameters are left. target: the device that will compute: it decides the
-    code form of the packed layout, and re-packing runs there (seconds on a GPU). norm_param: name of the q/k norms' parameter.
-    progress(done, total) is called once a linear. Raises CheckpointError (see models/formats/checkpoint.py).
+    device: where the parameters are left. target: the device that will compute: it decides the code form of the packed layout, and
+    re-packing runs there (seconds on a GPU). norm_param: name of the q/k norms' parameter. progress(done, total) is
+    called once a linear. Raises CheckpointError (see models/formats/checkpoint.py).
     """
     runtime = runtime or Runtime()
     target = torch.device(target if target is not None else device)
@@ -349,7 +350,7 @@ def build_blocks(
     def leaf(name: str) -> Linear:
         nonlocal done
         if linears[name].kind == "plain":
-            weight, bias = (plain[f"{name}.{p}"].to(device, dtype, copy=True) for p in ("weight", "bias"))
+            weight, bias = (plain[f"{name}.{p}"].to(device, copy=True) for p in ("weight", "bias"))
             module = PlainLinear(weight, bias, runtime)
         else:
             module = load_packed(checkpoint, linears[name], device, target, runtime)
@@ -460,8 +461,10 @@ class Flux(nn.Module):
         self.txt_in = nn.Linear(c["context_in_dim"], hidden, **kw)
         self.final_layer = LastLayer(hidden, c["out_channels"] * patch, **kw)
         outside = {k: v for k, v in checkpoint.plain_tensors() if not k.startswith(("double_blocks.", "single_blocks."))}
+        if dtype == torch.float16 and any(t.abs().max() > LARGEST_FP16 for t in outside.values()):
+            raise ValueError(f"{checkpoint.path} has values beyond float16's range in its 16-bit layers: compute in bfloat16 or float32")
         self.load_state_dict(outside)
-        self.double_blocks, self.single_blocks = build_blocks(checkpoint, dtype=dtype, device=device, progress=progress)
+        self.double_blocks, self.single_blocks = build_blocks(checkpoint, device=device, progress=progress)
 
     def forward(
         self,

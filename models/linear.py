@@ -20,7 +20,7 @@ from ..kernels.w4_matmul import w4_matmul
 from ..kernels.w4a16_linear import w4a16_linear
 from .runtime import Runtime
 
-COMPUTE_MODES = ("auto", "exact", "fast", "weight_only")
+LARGEST_FP16 = 65504.0
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,27 @@ def parameter(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, fits_fp16: bool) -> Tensor:
+    """x @ weight^T + bias, the bias added in fp32, rounded once to x's type; float16 multiplies in fp32 where the weight would overflow it."""
+    if x.dtype == torch.float16 and not fits_fp16:
+        y = F.linear(x.float(), weight.float())
+    else:
+        y = F.linear(x, weight.to(x.dtype))
+    return y.to(x.dtype) if bias is None else (y.float() + bias.float()).to(x.dtype)
+
+
 class PlainLinear(Leaf):
-    """A linear that a file left in 16 bit, with the calling form of PackedLinear. weight [N, K], bias [N] or None."""
+    """A linear that a file left in 16 bit, with the calling form of PackedLinear. weight [N, K], bias [N] or None, in the file's types."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, runtime: Runtime):
         super().__init__(runtime)
         self.out_features, self.in_features = weight.shape
         self.weight, self.bias = parameter(weight), parameter(bias)
+        self.fits_fp16 = bool(weight.abs().max() <= LARGEST_FP16)
 
     def forward(self, x: Tensor, compute: str | None = None) -> Tensor:
         with self.runtime.acquire(self, x.device) as (weight, bias):
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return dense_linear(x, weight, bias, self.fits_fp16)
 
     def run(
         self, x: Tensor | list[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
@@ -85,7 +95,7 @@ class PlainLinear(Leaf):
 def normalised(x: Tensor | list[Tensor], norm: Norm | None) -> Tensor:
     """The linear's input as one tensor: parts joined along K, norm and modulation applied."""
     x = x if isinstance(x, Tensor) else torch.cat(tuple(x), -1)
-    return x if norm is None else norm_modulate(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
+    return x if norm is None else norm_modulate(x.reshape(x.shape[:-1].numel(), x.shape[-1]), norm).view(x.shape)
 
 
 class PackedLinear(Leaf):
@@ -100,6 +110,7 @@ class PackedLinear(Leaf):
         self.spec = spec
         self.out_features, self.in_features = spec.out_features, spec.in_features
         self.weight, self.bias = parameter(weight), parameter(bias)
+        self.fits_fp16 = bool(layout.largest_weight(spec, weight) <= LARGEST_FP16)
         self._side: Side | None = None
 
     # -- side branches (LoRA) ---------------------------------------------------------------------------------------------------
@@ -117,7 +128,7 @@ class PackedLinear(Leaf):
     def forward(self, x: Tensor, compute: str | None = None) -> Tensor:
         """x [..., K] -> [..., N] in x's type. compute: "exact", "fast", "weight_only"; None: what `auto` means on x's device."""
         shape = x.shape
-        y = self.run(x.reshape(1, -1, shape[-1]), compute or resolve_compute("auto", x.device))
+        y = self.run(x.reshape(1, shape[:-1].numel(), shape[-1]), compute or resolve_compute("auto", x.device))
         return y.view(*shape[:-1], self.out_features)
 
     def run(
@@ -125,7 +136,7 @@ class PackedLinear(Leaf):
     ) -> Tensor:
         """The linear with its neighbours fused.
 
-        x: [B, L, K], or a list of one [B, L, K_i] per part of a linear split along K, which is emptied so that the inputs can be freed
+        x: [B, L, K], or a list of one [B, L, K_i] per part of a linear split along K, which may be emptied so that the inputs can be freed
         early. norm: LayerNorm and modulation of x before it.
         out: [B, L, N] to write to (any strides but a contiguous last dimension), else a new tensor. Returns [B, L, N] in x's type.
         """
@@ -160,10 +171,10 @@ class PackedLinear(Leaf):
         rows = batch * length
         inputs = []
         for part in parts:  # all of them before the output exists, letting go of each input: the peak of a whole step is here
-            inputs.append(smooth_quantize(xs.pop(0).reshape(rows, -1), part, compute, norm))
+            inputs.append(smooth_quantize(xs.pop(0).reshape(rows, part.spec.k), part, compute, norm))
         direct = out is not None and batch == 1
         y = out[0] if direct else torch.empty(rows, self.out_features, dtype=inputs[0].dtype, device=inputs[0].codes.device)
-        residual = None if ending.residual is None else ending.residual.reshape(rows, -1)
+        residual = None if ending.residual is None else ending.residual.reshape(rows, self.out_features)
         for i, (q, part) in enumerate(zip(inputs, parts, strict=True)):
             first, n = part.spec.row_offset, part.spec.n
             same_rows = [p.row_offset == first for p in self.spec.parts]
@@ -177,7 +188,7 @@ class PackedLinear(Leaf):
                 gelu_from=None if ending.gelu_from is None or not last else max(ending.gelu_from - first, 0),
                 gate=ending.gate[:, first : first + n] if last and ending.gate is not None else None,
                 residual=residual[:, first : first + n] if last and residual is not None else None,
-                rows_per_batch=length,
+                rows_per_batch=max(length, 1),
             )
         if direct:
             return out
@@ -187,10 +198,9 @@ class PackedLinear(Leaf):
     def _unfused(self, x: Tensor, parts: list[layout.PartView], blob: Tensor, bias: Tensor | None, compute: str) -> Tensor:
         """x [B, L, K] -> [B, L, N]: modulation layers, weight_only, and whatever has a side branch."""
         if self.is_modulation:
-            y = w4a16_linear(x.reshape(-1, self.in_features), parts[0], bias).view(*x.shape[:-1], self.out_features)
+            y = w4a16_linear(x.reshape(x.shape[:-1].numel(), self.in_features), parts[0], bias).view(*x.shape[:-1], self.out_features)
         elif compute == "weight_only":
-            weight, dense_bias = self._dense(blob, bias)
-            y = F.linear(x, weight.to(x.dtype), None if dense_bias is None else dense_bias.to(x.dtype))
+            y = dense_linear(x, *self._dense(blob, bias), self.fits_fp16)
         else:
             y = self._fused(self._split(x), parts, bias, compute, None, Ending(), None)
         return y if self._side is None else self._side.add(y, x)
@@ -200,13 +210,15 @@ class PackedLinear(Leaf):
     def _dense(self, blob: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """fp32 weight [N, K] of the packed bytes, and the bias that belongs to unshifted activations."""
         weight = torch.zeros(self.out_features, self.in_features, device=blob.device)
-        bias = None if bias is None else bias.float()
-        for part, layer in zip(self.spec.parts, layout.unpack(self.spec, blob), strict=True):
+        shifted = any(part.act_unsigned for part in self.spec.parts)
+        if bias is not None or shifted:
+            bias = torch.zeros(self.out_features, device=blob.device) if bias is None else bias.float().clone()
+        for view in layout.views(self.spec, blob):
+            part = view.spec
             rows, cols = slice(part.row_offset, part.row_offset + part.n), slice(part.col_offset, part.col_offset + part.k)
-            weight[rows, cols] = layout.dense_weight(layer)
-            if part.act_unsigned and bias is not None:
-                bias = bias.clone()
-                bias[rows] += layout.shift_bias(layer)
+            weight[rows, cols] = layout.dense_weight(layout.unpack_view(view))
+            if part.act_unsigned:
+                bias[rows] += view.shift_bias[: part.n]
         return weight, bias
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
@@ -237,7 +249,7 @@ class Side:
         return sum(t.nbytes for t in (self.down, self.up, self.delta) if t is not None)
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y [..., N] + the branch on x [..., K], summed in fp32 and rounded once to y's type."""
+        """y [..., N] + the branch on x [..., K], multiplied in x's type, summed in fp32."""
         down, up, delta = (None if t is None else t.to(x.device, x.dtype) for t in (self.down, self.up, self.delta))
         total = y.float()
         if down is not None:

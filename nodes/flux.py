@@ -20,7 +20,7 @@ class NunchakuFluxDiTLoader:
     CATEGORY = "Nunchaku"
     DESCRIPTION = (
         "Loads a 4-bit SVDQuant FLUX.1 checkpoint (dev, schnell, Fill, Canny, Depth, Kontext, Krea and finetunes; INT4 or NVFP4, any GPU). "
-        "The MODEL is an ordinary one: ComfyUI's LoRA loaders, ControlNet, patches and memory management work on it."
+        "The MODEL is an ordinary one: ComfyUI's LoraLoaderModelOnly, ControlNet, patches and memory management work on it."
     )
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "load_model"

@@ -1,6 +1,7 @@
 """The command line: what it prints, where it prints it, and its exit status."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tqdm
 from safetensors.torch import load_file, save_file
 from tonfa.__main__ import main
 
@@ -16,8 +18,11 @@ DATA = ROOT / "tests" / "data"
 MINI = DATA / "mini_flux_int4.safetensors"
 
 
-def command(*arguments: object, start: tuple = ("-m", "tonfa"), cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, start), *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=240)
+def command(*arguments: object, start: tuple = ("-m", "tonfa"), cwd: Path | None = None, path: Path | None = None):
+    """Runs the command line in a process of its own; `path` is a folder whose modules go before the installed ones."""
+    line = [sys.executable, *map(str, start), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(path), os.environ.get("PYTHONPATH"))))} if path else None
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, timeout=240)
 
 
 # -- inspect ----------------------------------------------------------------------------------------------------------------------
@@ -97,10 +102,59 @@ def test_dequantize_will_not_write_over_its_input(capsys, tmp_path):
     assert "another name" in capsys.readouterr().err
 
 
+def test_dequantize_counts_bytes(monkeypatch, capsys, tmp_path):
+    real = tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **given: real(**{**given, "delay": 0, "mininterval": 0}))  # shown however quick it is
+    assert main(["dequantize", str(MINI), str(tmp_path / "out.safetensors")]) == 0
+    said = capsys.readouterr().err
+    assert "MB/s" in said and "layer" not in said
+
+
 def test_dequantize_into_a_folder_that_is_not_there(capsys, tmp_path):
     assert main(["dequantize", str(MINI), str(tmp_path / "no" / "out.safetensors")]) == 2
     said = capsys.readouterr().err
     assert "no/out.safetensors" in said.replace("\\", "/") and "Traceback" not in said
+
+
+def test_dequantize_does_not_name_its_temporary_file(capsys, monkeypatch, tmp_path):
+    def full(source, target):
+        raise OSError(28, "No space left on device", source)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main(["dequantize", str(MINI), str(tmp_path / "out.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert "out.safetensors cannot be written: No space left on device" in said and ".part" not in said
+    assert not list(tmp_path.iterdir())
+
+
+# -- without torch ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("torch_file", ["torch.py", "torch/"])
+def test_doctor_reports_a_torch_that_cannot_be_imported(tmp_path, torch_file):
+    broken_torch(tmp_path, torch_file)
+    done = command("doctor", path=tmp_path)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "[FAIL] torch: cannot be imported" in done.stdout and "[ ok ] python" in done.stdout
+    facts = json.loads(command("doctor", "--json", path=tmp_path).stdout)
+    assert facts["ok"] is False
+
+
+@pytest.mark.parametrize("arguments", [("inspect", MINI), ("dequantize", MINI, "out.safetensors"), ("demo", "--no-comfyui")])
+def test_other_commands_without_torch_are_one_sentence(tmp_path, arguments):
+    broken_torch(tmp_path, "torch.py")
+    done = command(*arguments, path=tmp_path, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "torch cannot be imported (RuntimeError: this torch is broken)" in done.stderr and "ComfyUI's Python" in done.stderr
+
+
+def broken_torch(folder: Path, file: str) -> None:
+    """torch.py raises; a torch/ with nothing in it is what a half removed install leaves."""
+    if file == "torch.py":
+        (folder / file).write_text("raise RuntimeError('this torch is broken')", encoding="utf-8")
+    else:
+        (folder / "torch").mkdir()
+        (folder / "torch" / "__init__.py").touch()
 
 
 # -- starting ---------------------------------------------------------------------------------------------------------------------
@@ -142,6 +196,27 @@ def test_doctor_json():
     assert facts["ok"] == (not failed) and done.returncode == int(bool(failed))
     assert all(check["mend"] for check in failed)
     assert checks["INT4 linear"]["state"] == "ok", checks["INT4 linear"]
+
+
+def test_demo_without_pillow_says_so_first(tmp_path):
+    (tmp_path / "PIL").mkdir()
+    (tmp_path / "PIL" / "__init__.py").write_text("raise ImportError('no Pillow here')", encoding="utf-8")
+    done = command("demo", "--no-comfyui", "--out", tmp_path / "out", path=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert (
+        done.stderr.count("\n") == 1
+        and "cannot import Pillow (ImportError: no Pillow here)" in done.stderr
+        and 'pip install ".[demo]"' in done.stderr
+    )
+
+
+def test_an_old_pillow_is_named(monkeypatch):
+    import PIL
+    from tonfa.models.demo_picture import pillow_problem
+
+    assert pillow_problem() is None
+    monkeypatch.setattr(PIL, "__version__", "10.0.1")
+    assert "Pillow 10.0.1, which is too old" in pillow_problem() and '".[demo]"' in pillow_problem()
 
 
 def test_demo_without_comfyui(tmp_path):

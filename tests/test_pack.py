@@ -84,6 +84,11 @@ def test_comfy_registry_fields():
         assert line in fields
 
 
+def test_links_and_extras():
+    assert 'Repository = "https://github.com/tonfa/ComfyUI-Tonfa"' in toml("project.urls")
+    assert 'demo = ["pillow>=10.1"]' in toml("project.optional-dependencies")  # older ones draw no text of a chosen size
+
+
 def test_installed_metadata():
     data = importlib.metadata.metadata("comfyui-tonfa")
     assert data["License-Expression"] == "Apache-2.0"

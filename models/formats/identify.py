@@ -15,24 +15,37 @@ class Kind:
     quantised: bool = False
 
 
+# Loaders of the original pack that this version lacks. A test holds this list against the node maps, so it cannot outlive its truth.
+NOT_YET = ("NunchakuQwenImageDiTLoader", "NunchakuZImageDiTLoader", "NunchakuTextEncoderLoaderV2", "NunchakuFluxLoraLoader")
+ABSENT = "is not in this version of ComfyUI-Tonfa"
+
+
+def _loader(key: str, title: str) -> str:
+    """The sentence that names the loader of a kind of file."""
+    return f"Its loader, {key} ({title}), {ABSENT}." if key in NOT_YET else f"Load it with {key} ({title})."
+
+
+_FLUX2 = re.compile(r"(double|single)_stream_modulation|single_transformer_blocks\.\d+\.attn\.to_qkv_mlp_proj\.")
+_NF4 = re.compile(r"\.(absmax|quant_map|quant_state\.bitsandbytes__\w+)$")
 _SVDQ = [  # (family, pattern, what, advice); first match wins, tested on names that end in .qweight
     (
         "qwen-image",
         r"transformer_blocks\.\d+\.(img_mod|txt_mod|img_mlp|txt_mlp)\.",
         "a Qwen-Image SVDQuant file",
-        "Load it with NunchakuQwenImageDiTLoader (Nunchaku Qwen-Image DiT Loader).",
+        _loader("NunchakuQwenImageDiTLoader", "Nunchaku Qwen-Image DiT Loader"),
     ),
     (
         "z-image",
         r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\.",
         "a Z-Image SVDQuant file",
-        "Load it with NunchakuZImageDiTLoader (Nunchaku Z-Image DiT Loader).",
+        _loader("NunchakuZImageDiTLoader", "Nunchaku Z-Image DiT Loader"),
     ),
     (
         "t5",
         r"encoder\.block\.\d+\.",
         "a 4-bit (AWQ) T5 text encoder",
-        "Load it with NunchakuTextEncoderLoaderV2 (Nunchaku Text Encoder Loader V2).",
+        _loader("NunchakuTextEncoderLoaderV2", "Nunchaku Text Encoder Loader V2")
+        + " Take an ordinary T5 file (t5xxl_fp16 or t5xxl_fp8_e4m3fn) with the stock node DualCLIPLoader.",
     ),
     (
         "sana",
@@ -45,18 +58,30 @@ _SVDQ = [  # (family, pattern, what, advice); first match wins, tested on names 
         "flux",
         r"(single_)?transformer_blocks\.\d+\.",
         "a FLUX.1 SVDQuant file",
-        "Load it with NunchakuFluxDiTLoader (Nunchaku FLUX DiT Loader).",
+        _loader("NunchakuFluxDiTLoader", "Nunchaku FLUX DiT Loader"),
     ),
 ]
-_STOCK = "It is not quantised by SVDQuant; load it with the stock 'Load Diffusion Model' node (UNETLoader)."
+_UNET_LOADER = "load it with the stock 'Load Diffusion Model' node (UNETLoader)"
+_STOCK = f"It is not quantised by SVDQuant; {_UNET_LOADER}."
 _WHOLE = "It is not quantised by SVDQuant; load it with the stock 'Load Checkpoint' node (CheckpointLoaderSimple)."
-_TEXT = "Load it with the stock 'DualCLIPLoader' node or with NunchakuTextEncoderLoaderV2."
+_TEXT = "Load it with the stock node DualCLIPLoader."
+_LORA_ADVICE = f"Load it with the stock node LoraLoaderModelOnly, behind the model loader; NunchakuFluxLoraLoader {ABSENT}."
+_LORA_CONVERTED = (
+    "This version of ComfyUI-Tonfa cannot read that form, and no stock node can: take the LoRA file that it was converted from, with the "
+    f"stock node LoraLoaderModelOnly, behind the model loader. NunchakuFluxLoraLoader, which read it, {ABSENT}."
+)
 _PLAIN = [  # the same for files without .qweight, a prefix like "model.diffusion_model." taken off
     (
         "controlnet",
         r"controlnet_(blocks|x_embedder|single_blocks)|control_model\.",
         "a ControlNet",
         "Load it with the stock 'Load ControlNet Model' node.",
+    ),
+    (
+        "flux2-plain",
+        _FLUX2.pattern,
+        "an ordinary (16- or 8-bit) FLUX.2 model",
+        f"It is not quantised by SVDQuant; {_UNET_LOADER} of a ComfyUI that knows FLUX.2.",
     ),
     ("flux-plain", r"double_blocks\.\d+\.img_attn\.qkv\.weight$", "an ordinary (16- or 8-bit) FLUX model", _STOCK),
     ("qwen-image-plain", r"transformer_blocks\.\d+\.img_mod\.1\.weight$", "an ordinary (16- or 8-bit) Qwen-Image model", _STOCK),
@@ -74,6 +99,7 @@ _PLAIN = [  # the same for files without .qweight, a prefix like "model.diffusio
 ]
 _PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|transformer\.)")
 _LORA = re.compile(r"[._]lora(_[AB]|_down|_up|[12]\.(down|up))(\.|$)|\.lokr_|\.hada_w")
+_CONVERTED = re.compile(r"transformer_blocks\.\d+\.(qkv_proj|out_proj|mlp_fc[12]|mlp_context_fc[12])(_context)?\.lora_(down|up)$")
 
 
 def identify(names: Mapping[str, object] | list[str], metadata: Mapping[str, str]) -> Kind:
@@ -83,6 +109,8 @@ def identify(names: Mapping[str, object] | list[str], metadata: Mapping[str, str
         return Kind("unknown", "an empty safetensors file (no tensors)", "Download it again.")
     quantised = [n for n in names if n.endswith(".qweight")]
     if quantised:
+        if any(_FLUX2.match(_PREFIX.sub("", n)) for n in names):
+            return Kind("flux2", "a FLUX.2 SVDQuant file", "This pack has no loader for FLUX.2: it reads FLUX.1.", quantised=True)
         for family, pattern, what, advice in _SVDQ:
             if any(re.match(pattern, n) for n in quantised):
                 return Kind(family, what, advice, quantised=True)
@@ -90,8 +118,15 @@ def identify(names: Mapping[str, object] | list[str], metadata: Mapping[str, str
             "unknown", "a quantised model of a kind this pack does not know", f"Its first quantised layer is {quantised[0][:-8]!r}."
         )
     if sum(bool(_LORA.search(n)) for n in names) * 2 >= len(names):
-        advice = "Load it with NunchakuFluxLoraLoader or the stock 'LoraLoaderModelOnly' node, behind the model loader."
-        return Kind("lora", "a LoRA", advice)
+        if any(_CONVERTED.search(n) for n in names):
+            return Kind("lora", "a LoRA converted to Nunchaku's layer names", _LORA_CONVERTED)
+        return Kind("lora", "a LoRA", _LORA_ADVICE)
+    if any(_NF4.search(n) for n in names):
+        advice = (
+            "It is not quantised by SVDQuant, and neither this pack nor ComfyUI itself reads that form; the custom nodes "
+            "ComfyUI_bitsandbytes_NF4 do."
+        )
+        return Kind("nf4", "a model that bitsandbytes quantised (NF4 or FP4)", advice)
     bare = [_PREFIX.sub("", n) for n in names]
     for family, pattern, what, advice in _PLAIN:
         if any(re.match(pattern, n) for n in bare):

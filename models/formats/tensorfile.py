@@ -4,6 +4,7 @@ The header is parsed here, not only by the safetensors package, because a person
 the package lets duplicate names pass.
 """
 
+import codecs
 import json
 import logging
 import math
@@ -28,6 +29,10 @@ DTYPE_BITS = {
 TORCH_NAMES = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+}  # fmt: skip
+_MAGIC = {
+    b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7-Zip archive", b"Rar!": "a RAR archive", b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+    b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"%PDF": "a PDF document", b"\x93NUMPY": "a NumPy array",
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # the safetensors package's own limit
 
@@ -102,8 +107,13 @@ def _read_header(path: Path) -> tuple[dict, int]:
             if why := what_instead(path, start, size):
                 raise CheckpointError(why)
             length = struct.unpack("<Q", start[:8])[0]
+            seems = _looks_like(start)
+            if seems and 8 + length > min(size, MAX_HEADER):
+                raise CheckpointError(f"{path} is not a safetensors file: it looks like {seems}. Download it again.")
             if length > MAX_HEADER:
-                raise CheckpointError(f"{path} is not a safetensors file: its first bytes would mean a header of {length} bytes.")
+                raise CheckpointError(
+                    f"{path} is not a safetensors file: its first bytes would mean a header of {length} bytes. Download it again."
+                )
             if 8 + length > size:
                 raise CheckpointError(
                     f"{path} is cut off or not a safetensors file: its header should be {length} bytes long, the file has {size} bytes "
@@ -130,6 +140,8 @@ def what_instead(path: Path, start: bytes, size: int) -> str | None:
         return None
     if start.startswith(b"GGUF"):
         return f"{path} is a GGUF file; load it with 'Unet Loader (GGUF)' of ComfyUI-GGUF, not here."
+    if start.startswith(b"PK\x03\x04") and b"data.pkl" not in start:
+        return f"{path} is a zip archive, not a safetensors file. Unpack it and choose what is in it, or download the model file itself."
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         return (
             f"{path} is a PyTorch pickle (.pt, .ckpt or .bin), not a safetensors file. Such files can run code, so this pack never opens "
@@ -139,14 +151,29 @@ def what_instead(path: Path, start: bytes, size: int) -> str | None:
         return f"{path} is a Git LFS pointer, not the file itself. Fetch it with 'git lfs pull', or download it from the model page."
     if start.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return f"{path} is a web page, not a model: the download gave a log-in or error page. Download it again."
+    if not any(start):
+        return f"{path} holds zeros where its header should be, as a download does that was never finished. Download it again."
     if size < 10:
         return f"{path} is not a safetensors file: it has only {size} bytes. Download it again."
     return None
 
 
+def _looks_like(start: bytes) -> str | None:
+    """What the first bytes of a file show it to be, for a file that is not safetensors; None when they show nothing."""
+    if known := next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None):
+        return known
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut
+    except UnicodeDecodeError:
+        return None
+    if all(c.isprintable() or c in "\r\n\t" for c in text):
+        return f"text, beginning {_short(' '.join(text.split())[:40])}"
+    return None
+
+
 def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path} is not a usable safetensors file: its __metadata__ is not a map of strings.")
+        raise CheckpointError(f"{path} is not a usable safetensors file: its __metadata__ is not a map of strings. Download it again.")
     return metadata
 
 
@@ -186,7 +213,9 @@ def _check_offsets(path: Path, header: dict, data_bytes: int) -> None:
             f"{path} is cut off: its tensors need {at / 1e6:.1f} MB, {data_bytes / 1e6:.1f} MB are there. Download it again."
         )
     if at < data_bytes:
-        raise CheckpointError(f"{path} is not a usable safetensors file: {data_bytes - at} bytes follow the last tensor.")
+        raise CheckpointError(
+            f"{path} is not a usable safetensors file: {data_bytes - at} bytes follow the last tensor. Download it again."
+        )
 
 
 def _short(x: object) -> str:
@@ -209,7 +238,8 @@ def stream_save(path: str | os.PathLike, slots: Iterable[Slot], metadata: dict[s
     """Write a safetensors file with one tensor in memory at a time.
 
     The file gets a temporary name beside `path` and is renamed when complete, so `path` is never half written; the temporary file
-    is removed when anything fails. `progress(done, total)` counts bytes. ValueError when a tensor is not what its slot announced.
+    is removed when anything fails. `progress(done, total)` counts bytes. ValueError when a tensor is not what its slot announced;
+    CheckpointError when the file cannot be written.
     """
     slots = list(slots)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -233,9 +263,11 @@ def stream_save(path: str | os.PathLike, slots: Iterable[Slot], metadata: dict[s
                 if progress:
                     progress(done, total)
         os.replace(part, path)
-    except BaseException:  # also a cancelled run must not leave 24 GB lying about
+    except BaseException as e:  # also a cancelled run must not leave 24 GB lying about
         with suppress(OSError):
             part.unlink()
+        if isinstance(e, OSError):  # it names the temporary file, which says nothing to anybody
+            raise CheckpointError(f"{path} cannot be written: {e.strerror or e}.") from e
         raise
 
 

@@ -67,7 +67,9 @@ def load_dense(path: Path, checkpoint: Path, dtype: torch.dtype):
     from ...models.formats.checkpoint import open_checkpoint
     from .shell import unet_config
 
-    config = comfy.supported_models.Flux(unet_config(open_checkpoint(checkpoint)))
+    opened = open_checkpoint(checkpoint)
+    config = comfy.supported_models.Flux(unet_config(opened))
+    opened.close()
     config.set_inference_dtype(dtype, None)
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()

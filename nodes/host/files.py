@@ -12,7 +12,8 @@ from pathlib import PurePosixPath
 LEGACY_FILE = "transformer_blocks.safetensors"  # its presence makes a folder a checkpoint of the old form
 EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 PRECISION = re.compile(r"(int4|fp4|nvfp4)(_r\d+)?(?=-|$)")
-MOST_NAMED = 12
+MOST_NAMED, MOST_TRIED = 6, 3
+OTHER_CASE = "the same name in other upper and lower case"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def resolve(asked: str, names: Sequence[str]) -> Found:
     """The entry of `names` that a saved `asked` means.
 
     In this order: the same relative path; the same base name in any sub-folder, with either separator; the same stem with .safetensors;
-    the rank inserted after the precision, or left out, as old and new names differ in it; the same with the other precision.
+    the rank inserted after the precision, or left out, as old and new names differ in it; the same with the other precision. At
+    each step upper and lower case are told apart first, and not told apart after that.
     Raises FileNotFoundError naming the nearest candidates.
     """
     wanted = slashes(str(asked or ""))
@@ -42,12 +44,18 @@ def resolve(asked: str, names: Sequence[str]) -> Found:
         return Found(paths[wanted])
     if wanted.endswith("/" + LEGACY_FILE) and wanted.rsplit("/", 1)[0] in paths:
         return Found(paths[wanted.rsplit("/", 1)[0]], "its folder, which is the checkpoint")
-    by_base: dict[str, str] = {}
-    for path in sorted(paths, key=lambda p: (p.count("/"), p)):  # of equals the one nearest to the root, so that the choice never varies
-        by_base.setdefault(base_name(path), paths[path])
-    for base, how in spellings(base_name(wanted)):
+    ordered = sorted(paths, key=lambda p: (p.count("/"), p))  # of equals the one nearest to the root, so that the choice never varies
+    by_folded = {path.casefold(): paths[path] for path in reversed(ordered)}
+    if wanted.casefold() in by_folded:
+        return Found(by_folded[wanted.casefold()], OTHER_CASE)
+    by_base = {base_name(path): paths[path] for path in reversed(ordered)}
+    by_folded_base = {base.casefold(): by_base[base] for base in sorted(by_base, reverse=True)}
+    asked_base = base_name(wanted)
+    for base, how in (*spellings(asked_base), *spellings(asked_base.casefold())):
         if base in by_base:
             return Found(by_base[base], how)
+        if base.casefold() in by_folded_base:
+            return Found(by_folded_base[base.casefold()], OTHER_CASE if base == asked_base else how)
     raise FileNotFoundError(not_found(wanted, names))
 
 
@@ -88,9 +96,12 @@ def not_found(wanted: str, names: Sequence[str]) -> str:
         return "No model is chosen. Put a SVDQuant FLUX checkpoint into ComfyUI/models/diffusion_models and choose it in model_path."
     likely = [name for name in names if PRECISION.search(base_name(slashes(name)))]
     near = difflib.get_close_matches(wanted, likely or list(names), n=MOST_NAMED, cutoff=0.3) or sorted(likely or names)[:MOST_NAMED]
-    tried = ", ".join(dict.fromkeys(base for base, _ in spellings(base_name(wanted))))
-    there = f"Candidates that are there: {', '.join(near)}." if near else "There is no model file at all."
-    return f"Model '{wanted}' is not in ComfyUI's diffusion_models folders (tried: {tried}). {there} Choose one in model_path."
+    there = f"The nearest names there: {', '.join(near)}. Choose one in model_path." if near else "There is no model file at all."
+    said = f"Model '{wanted}' is not in ComfyUI's diffusion_models folders. {there}"
+    if wanted.lower().endswith(".gguf"):
+        return f"{said} A .gguf file is not for this node: load it with 'Unet Loader (GGUF)' of the pack ComfyUI-GGUF."
+    tried = [base for base in dict.fromkeys(base for base, _ in spellings(base_name(wanted))) if base != wanted]
+    return f"{said} (Also tried: {', '.join(tried[:MOST_TRIED])}.)"
 
 
 def slashes(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.model
@@ -19,6 +19,7 @@ import comfy.supported_models
 import comfy.utils
 import torch
 
+from ...kernels.targets import resolve_compute, triton_reason
 from ...models.flux import build_blocks
 from ...models.formats.checkpoint import FluxCheckpoint, open_checkpoint
 from ...models.linear import PackedLinear
@@ -34,17 +35,19 @@ LARGEST_FP16 = 65504.0
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in which type a model computes, and where it waits."""
+    """Where and in which type a model computes, and where it waits. `asked` is the type that was chosen, when `dtype` stands in for it."""
 
     load: torch.device
     offload: torch.device
     dtype: torch.dtype
+    asked: torch.dtype | None = field(default=None, compare=False)  # for the log: it is no reason to load again
 
 
 def place(device_id: int, data_type: str) -> Placement:
-    """The nearest thing to what was asked for that this machine can do; one log line for each thing that it cannot.
+    """The nearest thing to what was asked for that this machine can do; one log line for a device or a word that is not there.
 
-    device_id counts CUDA (or ROCm) devices. data_type falls back as in the host's loaders: by what `unet_manual_cast` says of the device.
+    device_id counts CUDA (or ROCm) devices. data_type falls back as in the host's loaders, by what `unet_manual_cast` says of the device:
+    load_flux says so, once the file has turned out to be one.
     """
     load = comfy.model_management.get_torch_device()
     if load.type == "cuda" and 0 <= device_id < torch.cuda.device_count():
@@ -56,12 +59,8 @@ def place(device_id: int, data_type: str) -> Placement:
         data_type = "bfloat16"
     wanted = DTYPES[data_type]
     dtype = comfy.model_management.unet_manual_cast(wanted, load, comfy.supported_models.Flux.supported_inference_dtypes) or wanted
-    if dtype != wanted:
-        log.info(
-            "Nunchaku FLUX DiT Loader: %s has no fast %s; the model computes in %s.", load, data_type, str(dtype).removeprefix("torch.")
-        )
     offload = comfy.model_management.unet_offload_device()
-    return Placement(load, load if offload.type != "cpu" else offload, dtype)
+    return Placement(load, load if offload.type != "cpu" else offload, dtype, wanted if dtype != wanted else None)
 
 
 def norm_parameter() -> str:
@@ -91,7 +90,7 @@ class TonfaFlux(comfy.ldm.flux.model.Flux):
         self.params.depth, self.params.depth_single_blocks = config["depth"], config["depth_single_blocks"]
         self.load_state_dict(outside_blocks(checkpoint), strict=True)  # the block lists are still empty
         self.double_blocks, self.single_blocks = build_blocks(
-            checkpoint, dtype=dtype, device=device, runtime=host_runtime(), norm_param=norm_parameter(), target=target, progress=progress
+            checkpoint, device=device, runtime=host_runtime(), norm_param=norm_parameter(), target=target, progress=progress
         )
 
 
@@ -143,6 +142,11 @@ def load_flux(path: str, where: Placement, disable_dynamic: bool = False) -> Ton
     Raises CheckpointError, a sentence for the user, when the file is something else.
     """
     checkpoint = open_checkpoint(path)
+    if where.asked is not None:
+        asked, taken = (str(dtype).removeprefix("torch.") for dtype in (where.asked, where.dtype))
+        log.info(
+            "Nunchaku FLUX DiT Loader: %s does not compute in %s by ComfyUI's rules; the model computes in %s.", where.load, asked, taken
+        )
     dtype = fitting(where.dtype, checkpoint, where.load)
     schnell = checkpoint.model_class == "FluxSchnell"
     config = (comfy.supported_models.FluxSchnell if schnell else comfy.supported_models.Flux)(unet_config(checkpoint))
@@ -157,7 +161,16 @@ def load_flux(path: str, where: Placement, disable_dynamic: bool = False) -> Ton
     checkpoint.close()
     patcher = TonfaPatcher(model, load_device=where.load, offload_device=where.offload)
     patcher.cached_patcher_init = (load_flux, (path, where))
+    log_kernels(checkpoint, where, dtype)
     return patcher
+
+
+def log_kernels(checkpoint: FluxCheckpoint, where: Placement, dtype: torch.dtype) -> None:
+    """One line a load: what the file is, and which kernels and which compute mode `auto` means for it here."""
+    reason = triton_reason(where.load)
+    kernels = "Triton kernels" if reason is None else f"the torch path, which is slower ({reason})"
+    what = f"{checkpoint.path}: {checkpoint.precision.upper()} rank {checkpoint.rank}, {str(dtype).removeprefix('torch.')}"
+    log.info("%s on %s by %s; compute auto is %s.", what, where.load, kernels, resolve_compute("auto", where.load))
 
 
 def progress_bar() -> Callable[[int, int], None]:

@@ -82,6 +82,7 @@ def test_the_list_shows_files_and_old_folders():
         ("somewhere\\svdq-int4_r32-flux.1-mini.safetensors", "svdq-int4_r32-flux.1-mini.safetensors"),
         ("svdq-fp4_r32-flux.1-other.safetensors", "svdq-fp4_r32-flux.1-other.safetensors"),
         ("svdq-int4_r32-flux.1-legacy.safetensors", "svdq-int4-flux.1-legacy"),
+        ("SVDQ-int4_r32-FLUX.1-mini.safetensors", "svdq-int4_r32-flux.1-mini.safetensors"),
     ],
 )
 def test_saved_names_are_resolved_with_one_line(asked, taken, opened, caplog):
@@ -216,11 +217,25 @@ def test_a_missing_device_and_unknown_words_fall_back_with_a_line_each(caplog):
     assert model.load_device == CPU
 
 
-def test_data_type_on_the_cpu_is_what_the_host_would_take(caplog):
+def test_data_type_on_the_cpu_is_what_the_host_would_take(caplog, models):
+    """The line comes with a load, not with a run that keeps the model, and not before a file that is refused."""
+    said = "cpu does not compute in bfloat16 by ComfyUI's rules; the model computes in float32."
+    node, broken = NunchakuFluxDiTLoader(), models / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+
+    def times() -> int:
+        return sum(said in r.getMessage() for r in caplog.records if r.name.startswith("tonfa"))
+
     with caplog.at_level(logging.INFO, logger="tonfa"):
         where = shell.place(0, "bfloat16")
-    assert where.dtype == torch.float32 == comfy.model_management.unet_manual_cast(torch.bfloat16, CPU)
-    assert sum("float32" in r.getMessage() for r in caplog.records if r.name.startswith("tonfa")) == 1
+        assert where.dtype == torch.float32 == comfy.model_management.unet_manual_cast(torch.bfloat16, CPU)
+        with pytest.raises(ValueError, match="broken.safetensors"):
+            load(node, broken.name)
+        assert times() == 0
+        load(node)
+        load(node, compute="exact")
+        assert times() == 1
+    broken.unlink()
 
 
 @pytest.fixture

@@ -175,7 +175,9 @@ def test_the_old_key_is_there_and_not_in_the_menu(server):
 def test_help_translations_and_example_are_served(server):
     assert b"`compute`" in server.request("/extensions/ComfyUI-Tonfa/docs/NunchakuFluxDiTLoader.md")
     assert server.get("/i18n")["zh"]["nodeDefs"]["NunchakuFluxDiTLoader"]["inputs"]["compute"]["name"]
-    assert "tonfa-flux.1-dev" in server.get("/workflow_templates")["ComfyUI-Tonfa"]
+    assert b"NunchakuFluxDiTLoader" in server.request("/extensions/ComfyUI-Tonfa/docs/SVDQuantFluxDiTLoader.md")
+    assert server.get("/workflow_templates")["ComfyUI-Tonfa"] == ["tonfa-flux.1-dev"]
+    assert server.request("/api/workflow_templates/ComfyUI-Tonfa/tonfa-flux.1-dev.jpg").startswith(b"\xff\xd8")
 
 
 def test_an_old_graph_samples_what_the_dense_model_samples(server):

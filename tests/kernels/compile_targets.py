@@ -22,6 +22,7 @@ from tonfa.kernels import qk_norm_rope_triton as rope
 from tonfa.kernels import smooth_quantize_triton as quantize
 from tonfa.kernels import w4_matmul_triton as matmul
 from tonfa.kernels import w4a16_linear_triton as linear
+from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
 from tonfa.kernels.tiles import linear_tile, matmul_tile, quantize_tile
 from triton.backends.compiler import GPUTarget
@@ -79,13 +80,13 @@ def instruction(target: Target, operands: str) -> str:
 
 def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, ranks=32, unsigned=False, ragged=False) -> Variant:
     tile = quantize_tile(target, 4608)
-    codes = {"plain": dtype, "nvfp4": dtype}.get(kind, torch.uint8 if byte_codes else torch.int8)
+    codes = {"plain": plain_dtype(dtype), "nvfp4": plain_dtype(dtype)}.get(kind, torch.uint8 if byte_codes else torch.int8)
     types = dict.fromkeys(("M", "K", "KP", "x_row", "shift_row", "scale_row", "rows_per_batch"), "i32") | {"eps": "fp32"}
     types |= dict.fromkeys(("smooth", "scales", "lowrank"), "*fp32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
     types |= {"down": "*bf16", "codes": POINTERS[codes]}
     constants = {
         "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": not ragged,
-        "EVEN_K": not ragged, "RANKS": ranks, "RB": max(16, triton.next_power_of_2(ranks)), "BM": tile.bm, "BK": tile.bk, "EMULATE": False,
+        "EVEN_K": not ragged, "RANKS": ranks, "RB": quantize.rank_block(ranks, dtype), "BM": tile.bm, "BK": tile.bk, "EMULATE": False,
     }  # fmt: skip
     wanted = r"v_(mfma|wmma)_f32" if target.name.startswith("gfx") else r"mma\.sync\S+\.bf16"
     wanted = wanted if ranks else None
@@ -134,7 +135,7 @@ def elementwise_variants(target: Target, dtype) -> list[Variant]:
 
 
 def variants(target: Target) -> list[Variant]:
-    """What this target would be asked to run; every constexpr branch of every kernel appears somewhere."""
+    """What this target would be asked to run: every operand form, every ending, norm with large ranks, 16-bit types and ragged sizes."""
     bf16, fp16 = torch.bfloat16, torch.float16
     if not target.has_dot:
         return [
@@ -150,6 +151,8 @@ def variants(target: Target) -> list[Variant]:
         quantize_variant("exact, norm", target, bf16, "int", 7, row, norm=True),
         quantize_variant("exact unsigned, rank 128", target, fp16, "int", 15, row, norm=False, ranks=128, unsigned=True, ragged=True),
         quantize_variant("nvfp4 exact, norm", target, bf16, "nvfp4", 0, False, norm=True, ranks=64),
+        quantize_variant("fast, norm, rank 2 x 128", target, fp16, "e4m3" if row else "int", 0 if row else 127, row, norm=True, ranks=256),
+        quantize_variant("nvfp4 fast, norm", target, bf16, "plain", 0, False, norm=True),
         quantize_variant("fast, norm", target, bf16, "e4m3" if row else "int", 0 if row else 127, row, norm=True),
         matmul_variant("exact", target, bf16, "int4", form, 4608),
         matmul_variant("exact M=1, gelu", target, bf16, "int4", form, 1, GELU=True),

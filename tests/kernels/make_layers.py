@@ -33,8 +33,8 @@ def random_layer(
     low_rank = {}
     if rank:
         low_rank = {
-            "down": (torch.randn(len(segments) * rank, k, generator=g) * k**-0.5).to(torch.bfloat16),
-            "up": torch.randn(n, rank, generator=g).to(torch.bfloat16),
+            "down": (torch.randn(len(segments) * rank, k, generator=g) * k**-0.5).to(scale_dtype),
+            "up": torch.randn(n, rank, generator=g).to(scale_dtype),
         }
     return LogicalLinear(
         precision,

@@ -10,6 +10,7 @@ from tonfa.kernels.layout import SHIFT
 from tonfa.kernels.norm_modulate import Norm, norm_modulate
 from tonfa.kernels.smooth_quantize import smooth_quantize
 from tonfa.kernels.smooth_quantize_torch import e2m1_round, smooth_quantize_torch
+from tonfa.kernels.w4_matmul_torch import dequantized_input
 
 from .make_layers import packed_view, random_layer
 
@@ -96,11 +97,28 @@ def test_e2m1_ties_go_to_the_even_code():
     assert e2m1_round(-ties).tolist() == [0, -1, -1, -2, -2, -4, -4, -6]
 
 
-def test_fp16_division_saturates_instead_of_overflowing():
+@pytest.mark.parametrize("precision, mode", [("int4", "exact"), ("int4", "fast"), ("nvfp4", "fast")])
+@pytest.mark.parametrize("form", ["int8", "e4m3"])
+def test_fp16_division_beyond_its_range_clips_nothing(interpreter, precision, mode, form):
+    """x / smooth up to 1.5e6 from fp16 inputs: the codes must stand for what the same input in fp32 gives, kernel and oracle alike."""
+    layer = dataclasses.replace(random_layer(precision, 128, 128), smooth=torch.full((128,), 0.001, dtype=FP16))
+    view = packed_view(layer, form)
+    x = (torch.randn(3, 128) * 500).to(FP16)
+    want = dequantized_input(smooth_quantize_torch(x.float(), view, mode), form)
+    assert want.abs().max() > 65504
+    for got in (smooth_quantize_torch(x, view, mode), smooth_quantize(x, view, mode)):
+        assert (dequantized_input(got, form) - want).norm() / want.norm() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_fp16_low_rank_pairs_keep_their_bits(interpreter, dtype):
     layer = random_layer("int4", 128, 128)
-    layer = dataclasses.replace(layer, smooth=torch.full((128,), 0.001, dtype=FP16))
-    q = smooth_quantize_torch(torch.full((1, 128), 1000.0, dtype=FP16), packed_view(layer), "exact")
-    assert torch.isfinite(q.scales).all() and (q.codes == 7).all()
+    g = torch.Generator().manual_seed(9)
+    layer = dataclasses.replace(layer, down=torch.randn(32, 128, generator=g).to(FP16), up=torch.randn(128, 32, generator=g).to(FP16))
+    x = torch.randn(5, 128, generator=g).to(dtype)
+    got = smooth_quantize(x, packed_view(layer), "exact").lowrank
+    want = x.double() @ layer.down.double().t()
+    assert (got - want).norm() / want.norm() < 5e-5, "a pair rounded to bf16 is off by 2e-3"
 
 
 def test_misfits_are_refused():

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,3 +87,48 @@ def test_refuses_to_overwrite_its_input(tmp_path):
     path = ff.save(tmp_path / "in.safetensors", tensors, meta)
     with pytest.raises(CheckpointError, match="choose another name"):
         dq.dequantize(path, path)
+
+
+MINI = ff.DATA / "mini_flux_int4.safetensors"
+
+
+def refused_before_writing(source, target, words):
+    """One sentence with `words`, and nothing written: a slot that is made would raise something else."""
+    before = sorted(p for p in target.parent.rglob("*")) if target.parent.is_dir() else None
+    with pytest.raises(CheckpointError, match=words) as raised:
+        dq.dequantize(source, target, progress=lambda done, total: pytest.fail("it was writing"))
+    said = str(raised.value)
+    assert str(target) in said and ".part" not in said and "\n" not in said
+    assert before == (sorted(p for p in target.parent.rglob("*")) if target.parent.is_dir() else None)
+
+
+def test_refuses_a_folder(tmp_path):
+    (tmp_path / "models").mkdir()
+    refused_before_writing(MINI, tmp_path / "models", "is a folder; give the name")
+
+
+def test_refuses_a_folder_that_is_not_there(tmp_path):
+    refused_before_writing(MINI, tmp_path / "no" / "out.safetensors", "there is no folder .*no; make it first")
+    (tmp_path / "file").touch()
+    refused_before_writing(MINI, tmp_path / "file" / "out.safetensors", "there is no folder")
+
+
+def test_refuses_a_full_disk(tmp_path, monkeypatch):
+    need = sum(t.numel() * 2 for _, t in dq.dense_state_dict(open_checkpoint(MINI)))
+    usage = SimpleNamespace(free=need - 1)
+    monkeypatch.setattr(dq.shutil, "disk_usage", lambda folder: usage)
+    refused_before_writing(MINI, tmp_path / "out.safetensors", "needs .* GB, but its disk has .* GB free")
+    usage.free = need
+    dq.dequantize(MINI, tmp_path / "out.safetensors")
+
+
+def test_a_write_that_fails_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    from tonfa.models.formats import tensorfile
+
+    def full(slot):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensorfile, "_bytes_of", full)
+    with pytest.raises(CheckpointError, match="out.safetensors cannot be written: No space left on device"):
+        dq.dequantize(MINI, tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())

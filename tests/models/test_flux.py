@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tonfa.models.flux import Flux, Mod
+from tonfa.models.flux import Flux, Mod, gated, modulated
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.linear import PackedLinear, PlainLinear
 
@@ -130,8 +130,22 @@ def test_attention_patches_see_and_change_what_the_host_would_show_them():
     assert relative(patched, base) > 1e-2
 
 
+def test_each_slice_of_tokens_takes_its_own_row_of_the_modulation():
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, 12, 64, generator=g), torch.randn(2, 12, 64, generator=g)
+    both = Mod(*(torch.randn(2, 2, 64, generator=g) for _ in range(3)))
+    rows = [Mod(*(t[:, i : i + 1] for t in (both.shift, both.scale, both.gate))) for i in range(2)]
+    dims = [(0, 7, 0), (7, 12, 1)]
+    got_in, got_out = modulated(x, both, dims), gated(x, y, both.gate, dims)
+    for start, end, row in dims:
+        assert relative(got_in[:, start:end], modulated(x, rows[row], None)[:, start:end]) < 1e-6
+        assert relative(got_out[:, start:end], gated(x, y, rows[row].gate, None)[:, start:end]) < 1e-6
+    per_token = Mod(*(torch.cat((t[:, :1].expand(-1, 7, -1), t[:, 1:].expand(-1, 5, -1)), 1) for t in (both.shift, both.scale, both.gate)))
+    assert relative(modulated(x, per_token, None), got_in) < 1e-6, "a modulation per token, without slices"
+
+
 def test_modulation_by_token_slices():
-    """Two times in one image: the slices must equal what each would be under its own modulation where tokens do not mix (linear parts)."""
+    """One block with two times in one image: the same time twice changes nothing, another one changes its slice."""
     model = load(FILES[0])
     a = block_inputs(model, 1, torch.float32)
     block = model.double_blocks[0]
@@ -156,6 +170,16 @@ def test_ready_modulations_in_place_of_a_vector():
         ready = tuple(tuple(Mod(m.shift, m.scale, m.gate) for m in mods(a["vec"])) for mods in (block.img_mod, block.txt_mod))
         got = block(**{**a, "vec": ready}, transformer_options=mode("fast"))
     assert all(relative(g, w) < 3e-3 for g, w in zip(got, want, strict=True))
+
+
+def test_no_text_tokens():
+    model = load(FILES[0])
+    a = block_inputs(model, 1, torch.float32)
+    a = {**a, "txt": a["txt"][:, :0], "pe": a["pe"][:, :, 5:]}
+    with torch.inference_mode():
+        fused = model.double_blocks[0](**a, transformer_options=mode("fast"))
+        plain = model.double_blocks[0](**a, transformer_options=mode("fast", **PLAIN))
+    assert fused[1].shape == (1, 0, a["img"].shape[-1]) and relative(fused[0], plain[0]) < 3e-3
 
 
 def test_cancel_is_asked_once_a_block():

@@ -1,5 +1,7 @@
 """PackedLinear: every way of calling it against the dense linear it stands for, and against its own parts."""
 
+import dataclasses
+
 import pytest
 import torch
 from tonfa.kernels import layout
@@ -115,17 +117,37 @@ def test_side_branches_are_added_before_the_ending(mode):
     assert m.side_nbytes() == 0
 
 
-def test_float16_compute_keeps_a_bias_that_float16_cannot_hold():
+@pytest.mark.parametrize("mode", TOLERANCE)
+def test_float16_compute_takes_a_bias_that_float16_cannot_hold(mode):
+    """bias 1e5 with a product of about -5e4: the sum fits float16, the bias alone does not."""
     part = layer(128, 128)
     bias = part.bias.clone()
     bias[3] = 1e5
     m = module([(part, 0, 0)], 128, 128, bias)
-    x = torch.randn(1, 4, 128).half()
-    m(x, "fast")
-    assert m.bias[3] > 65504, "the parameter keeps the file's type"
-    gate, residual = torch.full((1, 128), 1e-3).half(), torch.zeros(1, 4, 128).half()
-    assert torch.isinf(m(x, "fast")[..., 3]).all() or (m(x, "fast")[..., 3] >= 65504).all(), "float16 itself ends there, in the open"
-    assert m.run(x, "fast", ending=Ending(gate=gate, residual=residual)).dtype == torch.float16
+    x = -5e4 * layout.dense_weight(part)[3] / layout.dense_weight(part)[3].square().sum()
+    x = x[None].half()
+    want = F.linear(x.float(), layout.dense_weight(part), bias.float())
+    assert abs(want[0, 3]) < 65504
+    assert relative(m(x, mode)[:, 3], want[:, 3]) < 0.2
+
+
+def test_float16_compute_takes_weights_that_float16_cannot_hold():
+    part = layer(128, 128)
+    part = dataclasses.replace(part, scales=part.scales * 1e6)
+    m = module([(part, 0, 0)], 128, 128, None)
+    x = torch.randn(4, 128).mul(1e-4).half()
+    assert layout.dense_weight(part).abs().max() > 65504
+    assert relative(m(x, "weight_only"), F.linear(x.float(), layout.dense_weight(part))) < 1e-3
+    plain = PlainLinear(torch.full((8, 4), 1e5, dtype=torch.bfloat16), torch.full((8,), -1e5, dtype=torch.bfloat16), Runtime())
+    assert torch.allclose(plain(torch.full((1, 4), 0.26).half()).float(), torch.full((1, 8), 4000.0), rtol=0.1)
+
+
+def test_unsigned_layer_without_a_bias():
+    part = dataclasses.replace(layer(128, 128, unsigned=True), bias=None)
+    m = module([(part, 0, 0)], 128, 128, None)
+    x = gelu_like(6, 128)
+    want = F.linear(x, layout.dense_weight(part), layout.dense_bias(part))
+    assert relative(m(x, "weight_only"), want) < 1e-5 and relative(m(x, "fast"), want) < 0.05
 
 
 def test_what_the_host_asks_of_a_leaf():

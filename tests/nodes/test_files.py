@@ -61,6 +61,35 @@ def test_own_precision_wins_over_the_other():
     assert resolve("svdq-int4-flux.1-dev", names[::-1]).name == names[1]
 
 
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("SVDQ-INT4_R32-FLUX.1-Dev.safetensors", "svdq-int4_r32-flux.1-dev.safetensors"),
+        ("Nunchaku\\svdq-fp4_r32-flux.1-fill-dev.safetensors", "nunchaku/svdq-fp4_r32-flux.1-fill-dev.safetensors"),
+        ("old/svdq-fp4_r32-FLUX.1-fill-dev.safetensors", "nunchaku/svdq-fp4_r32-flux.1-fill-dev.safetensors"),
+        ("SVDQ-int4-FLUX.1-canny-dev", "svdq-int4-flux.1-canny-dev"),
+        ("SVDQ-FP4-flux.1-dev", "svdq-int4_r32-flux.1-dev.safetensors"),
+    ],
+)
+def test_upper_and_lower_case_is_told_apart_only_where_both_are_there(asked, name):
+    found = resolve(asked, NAMES)
+    assert found.name == name and found.how is not None
+    both = ["a/Model.safetensors", "model.safetensors", "MODEL.safetensors"]
+    assert [resolve(n, both).name for n in both] == both
+    assert resolve("Model.safetensors", both).name == "MODEL.safetensors"  # in its place, before another folder
+
+
+def test_a_name_not_found_shows_what_is_there_before_what_was_tried():
+    with pytest.raises(FileNotFoundError) as error:
+        resolve("svdq-int4-flux.1-kontext-dev", NAMES)
+    near, tried = str(error.value).split("Also tried: ")
+    assert "svdq-int4-flux.1-canny-dev" in near and near.index("nearest names") < near.index("Choose one")
+    assert tried.split(", ")[0] == "svdq-int4-flux.1-kontext-dev.safetensors" and tried.count(",") == 2
+    with pytest.raises(FileNotFoundError, match=r"Unet Loader \(GGUF\).*ComfyUI-GGUF") as error:
+        resolve("flux1-schnell-Q4_K_S.GGUF", NAMES)
+    assert "tried" not in str(error.value)
+
+
 @pytest.mark.parametrize("asked", ["svdq-int4_r64-flux.1-dev.safetensors", "svdq-int4-flux.1-kontext-dev", "flux1-schnell.safetensors"])
 def test_another_model_or_rank_is_never_taken(asked):
     with pytest.raises(FileNotFoundError, match="svdq-int4_r32-flux.1-dev.safetensors") as error:

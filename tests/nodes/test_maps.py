@@ -103,10 +103,26 @@ def test_translations_name_every_input(language):
         assert all(entry["name"] for entry in names[key]["inputs"].values())
 
 
+def test_the_english_text_is_the_nodes_own():
+    names = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert names.keys() == tonfa.NODE_CLASS_MAPPINGS.keys()
+    for key, node in tonfa.NODE_CLASS_MAPPINGS.items():
+        assert names[key]["description"] == node.DESCRIPTION and names[key]["display_name"] == node.TITLE
+
+
 def test_every_loader_has_a_help_page():
-    for key, inputs in INPUTS.items():
+    for key in tonfa.NODE_CLASS_MAPPINGS:
+        inputs = INPUTS.get(key, INPUTS["NunchakuFluxDiTLoader"])
         page = (ROOT / "web" / "docs" / f"{key}.md").read_text(encoding="utf-8")
         assert all(f"`{name}`" in page for name in inputs)
+
+
+def test_every_example_has_the_picture_that_the_template_browser_asks_for():
+    graphs = list((ROOT / "workflows").glob("*.json"))
+    assert graphs
+    for graph in graphs:
+        picture = graph.with_suffix(".jpg").read_bytes()  # a pack's templates are shown with NAME.jpg and no other ending
+        assert picture.startswith(b"\xff\xd8") and len(picture) < 200_000
 
 
 def test_example_graph_fits_the_loader():
