@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=... python benchmarks/full_model.py CHECKPOINT.safetensors [--json FILE] [--compute auto] [--pixels 1024] [--steps 2]
 
-Prints one line a check with the limit it is held to, and exits 1 if any is missed. Limits are those of the issue that asked for them:
+Prints one line a check with the limit it is held to, and exits 1 if any is missed. The limits:
 load under 20 s from page cache, RssAnon + 7.3 GiB, peak of a 1024 x 1024 step 6.8 GiB (INT4 rank 32) or 7.2 (NVFP4), loaded size within 3 %
 of the growth of memory_allocated, under 100 MiB after unloading, the same latent when 4 GiB are free.
 """

@@ -260,7 +260,8 @@ class PartSpec:
     """One quantised GEMM inside one host linear. n, k and rank are the true, unpadded sizes.
 
     code_form: int4 "int8" (two's complement nibbles) or "e4m3" (sign-magnitude nibbles, the spare code 0b1000 is -8); nvfp4 "e2m1";
-    w4a16 "u4". scale_dtype: "bf16", "fp16" or "e4m3". pair_dtype: "bf16" or "fp16". row_offset and col_offset: where its rows and columns lie inside the host linear.
+    w4a16 "u4". scale_dtype: "bf16", "fp16" or "e4m3". pair_dtype (low rank): "bf16" or "fp16". row_offset and col_offset: where its
+    rows and columns lie inside the host linear.
     """
 
     precision: str

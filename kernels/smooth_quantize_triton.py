@@ -208,7 +208,7 @@ def smooth_quantize_triton(x: Tensor, part: PartView, mode: str, norm: Norm | No
     rows, k = x.shape
     if rows == 0:
         return q
-    tile = quantize_tile(target_for(x.device), rows)
+    tile = quantize_tile(target_for(x.device), x.dtype)
     ranks = 0 if part.down is None else part.down.shape[1]
     columns = rank_block(ranks, x.dtype)
     shift = scale = part.smooth  # never read without a norm

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .targets import Target
 
 
@@ -38,9 +40,12 @@ def _family(target: Target) -> str:
     return {"sm_90": "hopper", "sm_100": "datacenter blackwell", "sm_103": "datacenter blackwell"}.get(target.name, "other nvidia")
 
 
-def quantize_tile(target: Target, rows: int) -> Tile:
-    """smooth_quantize: few rows a program, because a program walks the whole of K and the machine wants many programs."""
-    return Tile(bn=0, bm=16, bk=64 if _family(target) == "rdna" else 128, warps=4, stages=2)
+def quantize_tile(target: Target, dtype: torch.dtype) -> Tile:
+    """smooth_quantize: few rows a program, because a program walks the whole of K and the machine wants many programs.
+
+    Other types than bf16 take two low-rank dots: more warps share their registers.
+    """
+    return Tile(bn=0, bm=16, bk=64 if _family(target) == "rdna" else 128, warps=4 if dtype == torch.bfloat16 else 8, stages=2)
 
 
 def matmul_tile(target: Target, kind: str, rows: int) -> Tile:

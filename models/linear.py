@@ -61,7 +61,7 @@ def parameter(tensor: Tensor | None) -> nn.Parameter | None:
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, fits_fp16: bool) -> Tensor:
-    """x @ weight^T + bias, the bias added in fp32, rounded once to x's type; float16 multiplies in fp32 where the weight would overflow it."""
+    """x @ weight^T + bias, the bias added in fp32. float16 multiplies in fp32 where the weight would overflow it."""
     if x.dtype == torch.float16 and not fits_fp16:
         y = F.linear(x.float(), weight.float())
     else:

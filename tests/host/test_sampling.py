@@ -1,4 +1,4 @@
-"""Eight steps of the host's sampler on the golden checkpoints against their dense twins: the issue's numbers."""
+"""Eight steps of the host's sampler on the golden checkpoints against their dense twins."""
 
 from statistics import median
 

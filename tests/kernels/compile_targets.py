@@ -79,7 +79,7 @@ def instruction(target: Target, operands: str) -> str:
 
 
 def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, ranks=32, unsigned=False, ragged=False) -> Variant:
-    tile = quantize_tile(target, 4608)
+    tile = quantize_tile(target, dtype)
     codes = {"plain": plain_dtype(dtype), "nvfp4": plain_dtype(dtype)}.get(kind, torch.uint8 if byte_codes else torch.int8)
     types = dict.fromkeys(("M", "K", "KP", "x_row", "shift_row", "scale_row", "rows_per_batch"), "i32") | {"eps": "fp32"}
     types |= dict.fromkeys(("smooth", "scales", "lowrank"), "*fp32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
@@ -122,7 +122,7 @@ def linear_variant(target, dtype, rows) -> Variant:
 
 
 def elementwise_variants(target: Target, dtype) -> list[Variant]:
-    tile = quantize_tile(target, 4608)
+    tile = quantize_tile(target, dtype)
     kernel = norm_modulate._norm_modulate
     types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32"} | dict.fromkeys(("x", "shift", "scale", "out"), POINTERS[dtype])
     constants = {"x_col": 1, "EVEN_K": True, "BM": tile.bm, "BK": tile.bk, "EMULATE": False}
