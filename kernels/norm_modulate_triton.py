@@ -38,7 +38,7 @@ def norm_modulate_triton(x: Tensor, norm: Norm) -> Tensor:
     out = torch.empty(rows, k, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    tile = quantize_tile(target_for(x.device), x.dtype)
+    tile = quantize_tile(target_for(x.device), x.dtype, k, True)
     shift, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (norm.shift, norm.scale))
     with launch_device(x.device):
         _norm_modulate[(triton.cdiv(rows, tile.bm),)](

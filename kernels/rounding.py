@@ -17,6 +17,24 @@ def rne(x):
 
 
 @triton.jit
+def reciprocal(b):
+    """1 / b to nearest; b nearer to 0 than 1e-30 counts as 1e-30, so that it stays finite."""
+    held = tl.where(tl.abs(b) < 1e-30, 1e-30, b)
+    return tl.div_rn(tl.full(held.shape, 1.0, tl.float32), held)
+
+
+@triton.jit
+def quotient(a, b, inverse, EMULATE: tl.constexpr):
+    """a / b to nearest, with inverse = 1 / b to nearest: a product and its correction in place of a division (Markstein, 1990)."""
+    if EMULATE:  # the interpreter's fma rounds twice
+        y = tl.div_rn(a, tl.broadcast_to(b, a.shape))
+    else:
+        first = a * inverse
+        y = tl.fma(tl.fma(-first, b, a), inverse, first)
+    return y
+
+
+@triton.jit
 def _bf16_bits(x):
     bits = x.to(tl.uint32, bitcast=True)
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .layout import SHIFT, PartView
 from .norm_modulate import Norm
-from .rounding import dot_split, e4m3_byte, e4m3_value, rne, rounded_finite, rounded_or_kept, storable
+from .rounding import dot_split, e4m3_byte, e4m3_value, quotient, reciprocal, rne, rounded_finite, rounded_or_kept, storable
 from .smooth_quantize_torch import QuantizedInput, plain_dtype
 from .targets import interpreting, launch_device, target_for
 from .tiles import quantize_tile
@@ -80,13 +80,14 @@ def _e2m1(u):
 
 
 @triton.jit
-def _nvfp4(v, BM: tl.constexpr, BK: tl.constexpr):
+def _nvfp4(v, BM: tl.constexpr, BK: tl.constexpr, EMULATE: tl.constexpr):
     """v fp32 [BM, BK] -> e2m1 code times e4m3 group scale, fp32: 6 significant bits, exact in bf16 and fp16."""
     v3 = tl.reshape(v, (BM, BK // 16, 16))
     amax = tl.max(tl.abs(v3), axis=2)
     scale = tl.minimum(tl.div_rn(amax, tl.full(amax.shape, 6.0, tl.float32)), 448.0)
-    safe = tl.broadcast_to(tl.where(scale > 0.0, scale, 1.0)[:, :, None], v3.shape)
-    magnitude = _e2m1(tl.div_rn(tl.abs(v3), safe)) * e4m3_value(scale)[:, :, None]
+    safe = tl.where(scale > 0.0, scale, 1.0)
+    ratio = quotient(tl.abs(v3), safe[:, :, None], reciprocal(safe)[:, :, None], EMULATE)
+    magnitude = _e2m1(ratio) * e4m3_value(scale)[:, :, None]
     return tl.reshape(tl.where(v3 < 0, -magnitude, magnitude), (BM, BK))
 
 
@@ -101,14 +102,14 @@ def _store_codes(
     if KIND == "plain":
         tl.store(codes + at, storable(v, codes.dtype.element_ty, EMULATE), mask=mask)
     elif KIND == "nvfp4":
-        tl.store(codes + at, storable(_nvfp4(v, BM, BK), codes.dtype.element_ty, EMULATE), mask=mask)
+        tl.store(codes + at, storable(_nvfp4(v, BM, BK, EMULATE), codes.dtype.element_ty, EMULATE), mask=mask)
     elif KIND == "e4m3":
-        ratio = tl.div_rn(v, tl.broadcast_to(row_scale[:, None], v.shape))
+        ratio = quotient(v, row_scale[:, None], reciprocal(row_scale)[:, None], EMULATE)
         tl.store(codes + at, e4m3_byte(ratio, EMULATE), mask=mask)
     else:
         v3 = tl.reshape(v, (BM, BK // 64, 64))
         scale, safe = _group_scales(v3, LARGEST)
-        ratio = rne(tl.div_rn(v3, tl.broadcast_to(safe[:, :, None], v3.shape)))
+        ratio = rne(quotient(v3, safe[:, :, None], reciprocal(safe)[:, :, None], EMULATE))
         LOWEST: tl.constexpr = 0.0 if LARGEST == 15 else -LARGEST * 1.0
         code = tl.reshape(tl.minimum(tl.maximum(ratio, LOWEST), LARGEST * 1.0), (BM, BK)).to(tl.int32)
         if BYTES:
@@ -148,8 +149,9 @@ def _smooth_quantize(
                 m = rounded_finite((m - mean[:, None]) * rstd[:, None] * factor + offset, DTYPE, EMULATE)
                 if not EVEN_K:
                     m = tl.where((cols < K)[None, :], m, 0.0)
-            divisor = tl.broadcast_to(tl.load(smooth + cols)[None, :], (BM, BK))
-            v = rounded_or_kept(tl.div_rn(m + _SHIFT if UNSIGNED else m, divisor), DTYPE, EMULATE)
+            divisor = tl.load(smooth + cols)
+            v = quotient(m + _SHIFT if UNSIGNED else m, divisor[None, :], reciprocal(divisor)[None, :], EMULATE)
+            v = rounded_or_kept(v, DTYPE, EMULATE)
             if not EVEN_K:
                 v = tl.where((cols < K)[None, :], v, 0.0)
             if step == PASSES - 1:
@@ -208,7 +210,7 @@ def smooth_quantize_triton(x: Tensor, part: PartView, mode: str, norm: Norm | No
     rows, k = x.shape
     if rows == 0:
         return q
-    tile = quantize_tile(target_for(x.device), x.dtype)
+    tile = quantize_tile(target_for(x.device), x.dtype, part.spec.k_padded, norm is not None)
     ranks = 0 if part.down is None else part.down.shape[1]
     columns = rank_block(ranks, x.dtype)
     shift = scale = part.smooth  # never read without a norm

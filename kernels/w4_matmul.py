@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import PartView
+from .layout import PartSpec, PartView
 from .smooth_quantize_torch import QuantizedInput
-from .targets import triton_reason
+from .targets import Target, target_for, triton_reason
 from .w4_matmul_torch import check_operands, w4_matmul_torch
 
 
@@ -36,7 +36,19 @@ def w4_matmul(
     no_matrix_unit = q.codes.dtype == torch.float32 and out.device.type != "cpu"  # NVFP4 on fp32 input: 16-bit operands would round it
     if no_matrix_unit or triton_reason(out.device) is not None:
         return w4_matmul_torch(q, part, bias, out, **options)
+    check_operands(q, part, out, gate, residual, rows_per_batch)
+    if takes_wide(q, part.spec, target_for(out.device)):
+        from .w4_matmul_wide import w4_matmul_wide
+
+        return w4_matmul_wide(q, part, bias, out, **options)
     from .w4_matmul_triton import w4_matmul_triton
 
-    check_operands(q, part, out, gate, residual, rows_per_batch)
     return w4_matmul_triton(q, part, bias, out, **options)
+
+
+def takes_wide(q: QuantizedInput, spec: PartSpec, target: Target) -> bool:
+    """Whether the weight is unpacked first: where many tokens share it, or (e4m3 inputs) where the other kernel has no form for it."""
+    if q.kind == "e4m3":
+        return True
+    expands = spec.precision == "nvfp4" or spec.code_form == "e4m3"
+    return expands and q.codes.shape[0] >= 256 and not target.name.startswith("gfx")

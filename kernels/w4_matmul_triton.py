@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import PartView
+from .layout import PartSpec, PartView
 from .rounding import dot_split, operand, rounded, storable
 from .smooth_quantize_torch import QuantizedInput
 from .targets import interpreting, launch_device, target_for
 from .tiles import matmul_tile
 
-_FAR = (1 << 31) - 1  # a segment start that no output reaches
+FAR = (1 << 31) - 1  # a segment start that no output reaches
 
 
 # The same steps as the Triton forms below, on four codes in a 32-bit register at once. In order: nibble moved to the low half of its
@@ -126,7 +126,7 @@ def _add_lowrank(acc, lowrank, up, n, m, seg, ROWS: tl.constexpr, RANK: tl.const
 
 
 @triton.jit
-def _finish(
+def finish(
     y, out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from,
     ACCUMULATE: tl.constexpr, GELU: tl.constexpr, GATE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +156,7 @@ def _w4_matmul(
     GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, PTX: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """KIND: "group" (a scale per 64 on both sides), "row" (e4m3 activations with one scale a row), "plain" (NVFP4)."""
+    """KIND: "group" (a scale per 64 on both sides), "plain" (NVFP4)."""
     # Programs that run together share weight rows and token rows: walk GROUP_M token tiles for every weight tile.
     tiles_m = tl.cdiv(M, BM)
     band = GROUP_M * tl.cdiv(NP, BN)
@@ -189,24 +189,16 @@ def _w4_matmul(
             next_w0 = tl.load(scales + ahead * NP + n).to(tl.float32)
             next_w1 = tl.load(scales + (ahead + 1) * NP + n).to(tl.float32)
             low = _half_product(packed, x, x_at + k, scales, n, group, NP, acc, 0, KIND, E4M3, BN, PTX, EMULATE)
-            if KIND == "group":
-                next_a0 = tl.load(x_scales + ahead.to(tl.int64) * M + token)
-                next_a1 = tl.load(x_scales + (ahead + 1).to(tl.int64) * M + token)
-                acc += low * (w0[:, None] * a0[None, :])
-            else:
-                acc += low * w0[:, None]
+            next_a0 = tl.load(x_scales + ahead.to(tl.int64) * M + token)
+            next_a1 = tl.load(x_scales + (ahead + 1).to(tl.int64) * M + token)
+            acc += low * (w0[:, None] * a0[None, :])
             high = _half_product(packed, x, x_at + (k + 64), scales, n, group + 1, NP, acc, 1, KIND, E4M3, BN, PTX, EMULATE)
-            if KIND == "group":
-                acc += high * (w1[:, None] * a1[None, :])
-                a0 = next_a0
-                a1 = next_a1
-            else:
-                acc += high * w1[:, None]
+            acc += high * (w1[:, None] * a1[None, :])
+            a0 = next_a0
+            a1 = next_a1
             w0 = next_w0
             w1 = next_w1
     acc *= FOLD
-    if KIND == "row":
-        acc *= tl.load(x_scales + token)[None, :]
     if HAS_CHANNEL:
         acc *= tl.load(channel_scale + n)[:, None]
     if RANK > 0:
@@ -216,18 +208,22 @@ def _w4_matmul(
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if HAS_SHIFT:
         acc += tl.load(shift_bias + n)[:, None]
-    _finish(
+    finish(
         tl.trans(acc), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from,
         ACCUMULATE, GELU, GATE, EMULATE,
     )  # fmt: skip
+
+
+def check_segments(spec: PartSpec) -> None:
+    """Raises ValueError for more low-rank segments than the kernels take."""
+    if len(spec.segments) > 4:
+        raise ValueError(f"the layer has {len(spec.segments)} low-rank segments, the kernel takes at most 4")
 
 
 def variant_of(kind: str, code_form: str) -> tuple[str, bool, float]:
     """(KIND, E4M3, FOLD) of the kernel for a kind of quantised input."""
     if kind == "plain":
         return "plain", False, 2.0**8
-    if kind == "e4m3":
-        return "row", True, 2.0**9
     return ("group", True, 2.0**18) if code_form == "e4m3" else ("group", False, 2.0**-4)
 
 
@@ -245,8 +241,7 @@ def w4_matmul_triton(
 ) -> Tensor:
     """Same arguments and result as w4_matmul_torch. Operands must have been checked. Raises ValueError for more than four segments."""
     spec, rows = part.spec, q.codes.shape[0]
-    if len(spec.segments) > 4:
-        raise ValueError(f"the layer has {len(spec.segments)} low-rank segments, the kernel takes at most 4")
+    check_segments(spec)
     if rows == 0:
         return out
     kernel_kind, e4m3, fold = variant_of(q.kind, spec.code_form)
@@ -258,7 +253,7 @@ def w4_matmul_triton(
         gate = gate if gate.stride(1) == 1 else gate.contiguous()
     dummy = out
     scales = part.scales.view(torch.uint8) if kernel_kind == "plain" else part.scales  # Triton has no e4m3 type below sm_89
-    starts = [*spec.segments[1:], _FAR, _FAR, _FAR][:3]
+    starts = [*spec.segments[1:], FAR, FAR, FAR][:3]
     with launch_device(out.device):
         _w4_matmul[(triton.cdiv(rows, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
             q.codes, dummy if q.scales is None else q.scales, q.lowrank if rank else dummy, part.codes, scales,

@@ -17,14 +17,16 @@ from pathlib import Path
 
 import torch
 import triton
+from tonfa.kernels import expand_weight_triton as expand
 from tonfa.kernels import norm_modulate_triton as norm_modulate
 from tonfa.kernels import qk_norm_rope_triton as rope
 from tonfa.kernels import smooth_quantize_triton as quantize
 from tonfa.kernels import w4_matmul_triton as matmul
+from tonfa.kernels import w4_matmul_wide as wide
 from tonfa.kernels import w4a16_linear_triton as linear
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
-from tonfa.kernels.tiles import linear_tile, matmul_tile, quantize_tile
+from tonfa.kernels.tiles import linear_tile, matmul_tile, quantize_tile, wide_tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -79,7 +81,7 @@ def instruction(target: Target, operands: str) -> str:
 
 
 def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, ranks=32, unsigned=False, ragged=False) -> Variant:
-    tile = quantize_tile(target, dtype)
+    tile = quantize_tile(target, dtype, 3072, norm)
     codes = {"plain": plain_dtype(dtype), "nvfp4": plain_dtype(dtype)}.get(kind, torch.uint8 if byte_codes else torch.int8)
     types = dict.fromkeys(("M", "K", "KP", "x_row", "shift_row", "scale_row", "rows_per_batch"), "i32") | {"eps": "fp32"}
     types |= dict.fromkeys(("smooth", "scales", "lowrank"), "*fp32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
@@ -96,7 +98,7 @@ def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, ra
 def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segments=1, **flags) -> Variant:
     kernel_kind, e4m3, fold = matmul.variant_of(kind, code_form)
     tile = matmul_tile(target, kernel_kind, rows)
-    codes = dtype if kind == "plain" else torch.uint8 if code_form == "e4m3" else torch.int8
+    codes = plain_dtype(dtype) if kind == "plain" else torch.uint8 if code_form == "e4m3" else torch.int8
     types = dict.fromkeys(matmul._w4_matmul.arg_names, "i32") | {"x": POINTERS[codes]}
     types |= dict.fromkeys(("x_scales", "lowrank", "channel_scale", "shift_bias"), "*fp32")
     types |= {"codes": "*u8", "scales": "*u8" if kind == "plain" else "*bf16", "up": "*bf16"}
@@ -108,9 +110,32 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segme
         "SEGMENTS": segments, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": 8, "PTX": target.name.startswith("sm_"),
         "EMULATE": False, **switches, **single,
     }  # fmt: skip
-    operands = "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "fp16" if dtype == torch.float16 else "bf16"
+    operands = "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "bf16"
     wanted = instruction(target, operands)
     return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, wanted)
+
+
+def wide_variants(target: Target, dtype, kind, *, rank=32, segments=1, **flags) -> list[Variant]:
+    """The product of kind "row", "group" or "plain", and the expansion before it."""
+    tile = wide_tile(target, kind)
+    plain = kind == "plain"
+    element = "bf16" if plain else "fp8e4nv"
+    kernel = wide._w4_matmul_wide
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
+    types |= {"xd": f"tensordesc<{element}[{tile.bm}, {tile.bk}]>", "wd": f"tensordesc<{element}[{tile.bn}, {tile.bk}]>", "up": "*bf16"}
+    types |= dict.fromkeys(("x_scales", "lowrank", "channel_scale", "shift_bias"), "*fp32") | {"scales": "*bf16"}
+    switches = {n: bool(flags.get(n)) for n in ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")}
+    constants = {
+        "out_col": 1, "residual_col": 1, "KIND": kind, "FOLD": 512.0, "RANK": rank, "RB": min(rank & -rank, 32), "SEGMENTS": segments,
+        "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": 8, "PIECES": 4 if tile.bn > 128 else 2,
+        "EMULATE": False, **switches,
+    }  # fmt: skip
+    name = f"{kind} {' '.join(flags)}"
+    wanted = instruction(target, "bf16" if plain else "e4m3")
+    product = Variant(f"w4_matmul_wide {name}", kernel, types, constants, tile.warps, tile.stages, wanted)
+    types = {"codes": "*u8", "scales": "*u8", "NP": "i32", "KP": "i32", "out": POINTERS[dtype] if plain else "*u8"}
+    constants = {"NVFP4": plain, "BN": expand.ROWS, "S": expand.SLICES, "EMULATE": False}
+    return [product, Variant(f"expand_weight {name}", expand._expand_weight, types, constants, 4, 3, None)]
 
 
 def linear_variant(target, dtype, rows) -> Variant:
@@ -122,7 +147,7 @@ def linear_variant(target, dtype, rows) -> Variant:
 
 
 def elementwise_variants(target: Target, dtype) -> list[Variant]:
-    tile = quantize_tile(target, dtype)
+    tile = quantize_tile(target, dtype, 3072, True)
     kernel = norm_modulate._norm_modulate
     types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32"} | dict.fromkeys(("x", "shift", "scale", "out"), POINTERS[dtype])
     constants = {"x_col": 1, "EVEN_K": True, "BM": tile.bm, "BK": tile.bk, "EMULATE": False}
@@ -156,8 +181,18 @@ def variants(target: Target) -> list[Variant]:
         quantize_variant("fast, norm", target, bf16, "e4m3" if row else "int", 0 if row else 127, row, norm=True),
         matmul_variant("exact", target, bf16, "int4", form, 4608),
         matmul_variant("exact M=1, gelu", target, bf16, "int4", form, 1, GELU=True),
-        matmul_variant("fast, two segments, gelu", target, bf16, "e4m3" if row else "int8", form, 4608, segments=2, GELU=True),
-        matmul_variant("fast, gate", target, fp16, "e4m3" if row else "int8", form, 4608, HAS_SHIFT=True, **endings),
+        *(
+            [
+                *wide_variants(target, bf16, "row", segments=2, GELU=True),
+                *wide_variants(target, fp16, "group", **endings),
+            ]
+            if row
+            else [
+                matmul_variant("fast, two segments, gelu", target, bf16, "int8", form, 4608, segments=2, GELU=True),
+                matmul_variant("fast, gate", target, fp16, "int8", form, 4608, HAS_SHIFT=True, **endings),
+            ]
+        ),
+        *(wide_variants(target, bf16, "plain", rank=128, HAS_CHANNEL=True, **endings) if target.name.startswith("sm_") else []),
         matmul_variant("nvfp4", target, bf16, "plain", form, 4608, HAS_CHANNEL=True, rank=128),
         matmul_variant("nvfp4 fp16", target, fp16, "plain", form, 512),
         linear_variant(target, bf16, 1),
@@ -171,13 +206,17 @@ def spilled(compiled, target: Target) -> int:
     """Bytes or registers spilled: stack and local memory of a cubin, .vgpr_spill_count of amdgcn."""
     if target.name.startswith("gfx"):
         return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return int(usage["STACK"]) + int(usage["LOCAL"])
+        text = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        found = int(usage["STACK"]) + int(usage["LOCAL"])
+        if found:  # sm_120's copy engine has zeros stored that nobody reads: a spill is loaded again
+            text = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+            found = found if "LDL" in text else 0
+    return found
 
 
 def check(variant: Variant, target: Target) -> dict:

@@ -18,6 +18,8 @@ KERNEL_MODULES = (
     "norm_modulate_triton",
     "smooth_quantize_triton",
     "w4_matmul_triton",
+    "expand_weight_triton",
+    "w4_matmul_wide",
     "w4a16_linear_triton",
     "probe_triton",
 )
