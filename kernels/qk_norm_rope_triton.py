@@ -23,26 +23,27 @@ def qk_norm_rope_kernel(
     which = tl.program_id(1)
     batch = (row // length).to(tl.int64)
     token = (row % length).to(tl.int64)
-    pair = tl.arange(0, D // 2)
     head = tl.arange(0, BLOCK_H)
-    live = (head < HEADS)[:, None] & (pair >= 0)[None, :]
-    at = qkv + batch * stride_b + token * stride_l + which * HEADS * D + head[:, None] * D + 2 * pair[None, :]
-    x0 = tl.load(at, live, other=0.0).to(tl.float32)
-    x1 = tl.load(at + 1, live, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt((tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1)) / D + eps)[:, None]
-    scale = query_scale + 2 * pair
+    dim = tl.arange(0, D)
+    live = (head < HEADS)[:, None] & (dim >= 0)[None, :]
+    at = qkv + batch * stride_b + token * stride_l + which * HEADS * D + head[:, None] * D + dim[None, :]
+    x = tl.load(at, live, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    scale = query_scale + dim
     if which == 1:
-        scale = key_scale + 2 * pair
-    x0 = rounded(x0 * rstd * tl.load(scale)[None, :], DTYPE, EMULATE)
-    x1 = rounded(x1 * rstd * tl.load(scale + 1)[None, :], DTYPE, EMULATE)
+        scale = key_scale + dim
+    x = rounded(x * rstd * tl.load(scale)[None, :], DTYPE, EMULATE)
     if ROPE:
-        table = pe + batch * pe_stride_b + token * (2 * D) + 4 * pair
-        y0 = tl.load(table)[None, :] * x0 + tl.load(table + 1)[None, :] * x1
-        y1 = tl.load(table + 2)[None, :] * x0 + tl.load(table + 3)[None, :] * x1
-        x0 = y0
-        x1 = y1
-    tl.store(at, storable(x0, DTYPE, EMULATE), live)
-    tl.store(at + 1, storable(x1, DTYPE, EMULATE), live)
+        # Whole rows are loaded and stored; pairs are taken apart and the table's 2x2 matrices in registers.
+        table = tl.load(pe + batch * pe_stride_b + token * (2 * D) + tl.arange(0, 2 * D))
+        left, right = tl.split(tl.reshape(table, (D // 2, 2, 2)))
+        pe00, pe10 = tl.split(left)
+        pe01, pe11 = tl.split(right)
+        x0, x1 = tl.split(tl.reshape(x, (BLOCK_H, D // 2, 2)))
+        y0 = pe00[None, :] * x0 + pe01[None, :] * x1
+        y1 = pe10[None, :] * x0 + pe11[None, :] * x1
+        x = tl.reshape(tl.join(y0, y1), (BLOCK_H, D))
+    tl.store(at, storable(x, DTYPE, EMULATE), live)
 
 
 def qk_norm_rope_triton(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, pe: Tensor | None, heads: int, eps: float) -> Tensor:
