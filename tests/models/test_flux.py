@@ -1,5 +1,6 @@
 """Blocks and the standalone FLUX on the golden miniatures: fused against plain, 4-bit against the dense network it stands for."""
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,22 @@ def test_float16_overflow_is_brought_back():
     with torch.inference_mode():
         out = model.single_blocks[0](x, vec=a["vec"] * 50, pe=a["pe"][:, :, :12], transformer_options=mode("fast"))
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("form", ["int8", "e4m3"])
+def test_eight_steps_stay_near_the_dense_network(form, monkeypatch):
+    """Whole samplings in both code forms: a weight's rounding is the same in every step, so what adds to it shows here first."""
+    monkeypatch.setattr("tonfa.models.flux.code_form", lambda device: form)
+    model, dense = load("mini_flux_int4"), densify(load("mini_flux_int4"))
+
+    def sample(network, compute, seed):
+        a = inputs(network.config, seed=seed)
+        x, times = a.pop("x"), torch.linspace(1, 0, 9)
+        for now, then in zip(times, times[1:], strict=False):
+            x = x + (then - now) * network(**a | {"x": x, "timestep": now[None]}, transformer_options=mode(compute))
+        return x
+
+    with torch.inference_mode():
+        want = [sample(dense, "weight_only", seed) for seed in range(5)]
+        found = {c: statistics.median(snr(sample(model, c, s), w) for s, w in enumerate(want)) for c in ("fast", "exact")}
+    assert found["fast"] > 33 and found["exact"] > 17
