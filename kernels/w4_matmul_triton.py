@@ -220,6 +220,29 @@ def check_segments(spec: PartSpec) -> None:
         raise ValueError(f"the layer has {len(spec.segments)} low-rank segments, the kernel takes at most 4")
 
 
+def launch_sizes(
+    spec: PartSpec, rows: int, out: Tensor, residual: Tensor | None, gate: Tensor | None, rows_per_batch: int, gelu_from: int | None
+) -> tuple[int, ...]:
+    """The integer arguments M to seg3, which both product kernels take in this order."""
+    strides = (0, 0) if residual is None else residual.stride()
+    starts = [*spec.segments[1:], FAR, FAR, FAR][:3]
+    return (
+        rows, spec.n, spec.n_padded, spec.k_padded, *out.stride(), *strides, 0 if gate is None else gate.stride(0),
+        min(rows_per_batch, rows), gelu_from or 0, *starts,
+    )  # fmt: skip
+
+
+def launch_switches(
+    part: PartView, rank: int, shift: bool, bias: Tensor | None, accumulate: bool, gelu_from: int | None, gate: Tensor | None
+) -> dict[str, int | bool]:
+    """The constants that both product kernels take."""
+    return {
+        "RANK": rank, "RB": min(rank & -rank, 32), "SEGMENTS": len(part.spec.segments), "HAS_CHANNEL": part.channel_scale is not None,
+        "HAS_SHIFT": shift, "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate, "GELU": gelu_from is not None,
+        "GATE": gate is not None, "GROUP_M": 8, "EMULATE": interpreting(),
+    }  # fmt: skip
+
+
 def variant_of(kind: str, code_form: str) -> tuple[str, bool, float]:
     """(KIND, E4M3, FOLD) of the kernel for a kind of quantised input."""
     if kind == "plain":
@@ -253,20 +276,14 @@ def w4_matmul_triton(
         gate = gate if gate.stride(1) == 1 else gate.contiguous()
     dummy = out
     scales = part.scales.view(torch.uint8) if kernel_kind == "plain" else part.scales  # Triton has no e4m3 type below sm_89
-    starts = [*spec.segments[1:], FAR, FAR, FAR][:3]
     with launch_device(out.device):
         _w4_matmul[(triton.cdiv(rows, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
             q.codes, dummy if q.scales is None else q.scales, q.lowrank if rank else dummy, part.codes, scales,
             part.up if rank else dummy, dummy if part.channel_scale is None else part.channel_scale,
             part.shift_bias if shift else dummy, dummy if bias is None else bias.contiguous(), out,
             dummy if residual is None else residual, dummy if gate is None else gate,
-            rows, spec.n, spec.n_padded, spec.k_padded, out.stride(0), out.stride(1),
-            0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1),
-            0 if gate is None else gate.stride(0), min(rows_per_batch, rows), gelu_from or 0, *starts,
-            KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RANK=rank, RB=min(rank & -rank, 32), SEGMENTS=len(spec.segments),
-            HAS_CHANNEL=part.channel_scale is not None, HAS_SHIFT=shift, HAS_BIAS=bias is not None, ACCUMULATE=accumulate,
-            GELU=gelu_from is not None, GATE=gate is not None, BN=tile.bn, BM=tile.bm, GROUP_M=8, PTX=target.name.startswith("sm_"),
-            EMULATE=interpreting(),
-            num_warps=tile.warps, num_stages=tile.stages,
+            *launch_sizes(spec, rows, out, residual, gate, rows_per_batch, gelu_from),
+            KIND=kernel_kind, E4M3=e4m3, FOLD=fold, BN=tile.bn, BM=tile.bm, PTX=target.name.startswith("sm_"),
+            **launch_switches(part, rank, shift, bias, accumulate, gelu_from, gate), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

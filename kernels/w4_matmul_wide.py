@@ -19,9 +19,9 @@ from .expand_weight_triton import expand_weight_triton
 from .layout import PartView
 from .rounding import dot_split
 from .smooth_quantize_torch import QuantizedInput
-from .targets import interpreting, launch_device, target_for
+from .targets import launch_device, target_for
 from .tiles import wide_tile
-from .w4_matmul_triton import FAR, check_segments, finish
+from .w4_matmul_triton import check_segments, finish, launch_sizes, launch_switches
 
 
 @triton.jit
@@ -154,7 +154,6 @@ def w4_matmul_wide(
     rank = 0 if q.lowrank is None else spec.rank_padded
     shift = spec.act_unsigned and kind != "group"
     gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
-    starts = [*spec.segments[1:], FAR, FAR, FAR][:3]
     weight = expand_weight_triton(part, x.dtype)
     with launch_device(out.device):
         _w4_matmul_wide[(triton.cdiv(rows, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
@@ -162,12 +161,9 @@ def w4_matmul_wide(
             out if kind == "plain" else q.scales, out if kind == "plain" else part.scales, q.lowrank if rank else out,
             part.up if rank else out, out if part.channel_scale is None else part.channel_scale, part.shift_bias if shift else out,
             out if bias is None else bias.contiguous(), out, out if residual is None else residual, out if gate is None else gate,
-            rows, spec.n, spec.n_padded, spec.k_padded, out.stride(0), out.stride(1),
-            0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1),
-            0 if gate is None else gate.stride(0), min(rows_per_batch, rows), gelu_from or 0, *starts,
-            KIND=kind, FOLD={"plain": 1.0, "row": 2.0**9, "group": 2.0**18}[kind], RANK=rank, RB=min(rank & -rank, 32),
-            SEGMENTS=len(spec.segments), HAS_CHANNEL=part.channel_scale is not None, HAS_SHIFT=shift, HAS_BIAS=bias is not None,
-            ACCUMULATE=accumulate, GELU=gelu_from is not None, GATE=gate is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP_M=8,
-            PIECES=4 if tile.bn > 128 else 2, EMULATE=interpreting(), num_warps=tile.warps, num_stages=tile.stages,
+            *launch_sizes(spec, rows, out, residual, gate, rows_per_batch, gelu_from),
+            KIND=kind, FOLD={"plain": 1.0, "row": 2.0**9, "group": 2.0**18}[kind], BM=tile.bm, BN=tile.bn, BK=tile.bk,
+            PIECES=4 if tile.bn > 128 else 2, **launch_switches(part, rank, shift, bias, accumulate, gelu_from, gate),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

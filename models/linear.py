@@ -60,7 +60,7 @@ def parameter(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, fits_fp16: bool) -> Tensor:
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, fits_fp16: bool | None) -> Tensor:
     """x @ weight^T + bias, the bias added in fp32. float16 multiplies in fp32 where the weight would overflow it."""
     if x.dtype == torch.float16 and not fits_fp16:
         y = F.linear(x.float(), weight.float())
@@ -110,7 +110,7 @@ class PackedLinear(Leaf):
         self.spec = spec
         self.out_features, self.in_features = spec.out_features, spec.in_features
         self.weight, self.bias = parameter(weight), parameter(bias)
-        self.fits_fp16 = bool(layout.largest_weight(spec, weight) <= LARGEST_FP16)
+        self._fits_fp16: bool | None = None
         self._side: Side | None = None
 
     # -- side branches (LoRA) ---------------------------------------------------------------------------------------------------
@@ -200,7 +200,9 @@ class PackedLinear(Leaf):
         if self.is_modulation:
             y = w4a16_linear(x.reshape(x.shape[:-1].numel(), self.in_features), parts[0], bias).view(*x.shape[:-1], self.out_features)
         elif compute == "weight_only":
-            y = dense_linear(x, *self._dense(blob, bias), self.fits_fp16)
+            if self._fits_fp16 is None and x.dtype == torch.float16:  # asked for here only, so that loading does not wait for it
+                self._fits_fp16 = layout.largest_weight(self.spec, blob) <= LARGEST_FP16
+            y = dense_linear(x, *self._dense(blob, bias), self._fits_fp16)
         else:
             y = self._fused(self._split(x), parts, bias, compute, None, Ending(), None)
         return y if self._side is None else self._side.add(y, x)
