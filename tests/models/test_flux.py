@@ -111,7 +111,7 @@ def test_batch_of_two_is_two_batches_of_one():
     with torch.inference_mode():
         got = model(**both, transformer_options=mode("fast"))
         one = [model(**{k: v[i : i + 1] for k, v in both.items()}, transformer_options=mode("fast")) for i in range(2)]
-    assert relative(got, torch.cat(one)) < 1e-5
+    assert relative(got, torch.cat(one)) < 1e-3  # a last bit of the CPU's product may flip a code; a mixed-up batch is off by 1
 
 
 def test_attention_patches_see_and_change_what_the_host_would_show_them():
