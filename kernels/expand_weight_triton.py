@@ -10,20 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .expand_weight_torch import ExpandedWeight
 from .layout import PartView
-from .rounding import storable
-from .targets import interpreting, launch_device
+from .rounding import e4m3_byte, storable
+from .targets import interpreting, launch_device, target_for
+from .w4_matmul_triton import _e4m3_weights
 
 ROWS, SLICES = 8, 8  # a program expands 8 outputs x 8 slices of 128 inputs
-
-
-@triton.jit
-def _code_bytes(nibble):
-    """Sign-magnitude nibbles (0b1000 = -8) -> bytes s000mmmm."""
-    sign = nibble & 8
-    magnitude = nibble & 7
-    eight = sign & ((magnitude + 7) ^ 8)  # 8 where the nibble is 0b1000, the only one with a sign and no magnitude
-    return magnitude | eight | (sign << 4)
 
 
 @triton.jit
@@ -41,8 +34,28 @@ def _e4m3_values(byte):
 
 
 @triton.jit
+def _pair(scales, n, s, NP, KP):
+    """Scales of the two groups of slices s [1, S] and rows n [BN, 1], fp32 [BN, S]; the larger of them, 1 for 0."""
+    live = (s < KP // 128) & (n >= 0)
+    first = tl.load(scales + (2 * s) * NP + n, mask=live, other=0.0).to(tl.float32)
+    second = tl.load(scales + (2 * s + 1) * NP + n, mask=live, other=0.0).to(tl.float32)
+    largest = tl.maximum(first, second)
+    return first, second, tl.where(largest > 0.0, largest, 1.0)
+
+
+@triton.jit
+def _unit(scales, n, NP, KP, GROUPS: tl.constexpr):
+    """The power of two in the largest scale of rows n [BN]; 1 for a row of zeros."""
+    groups = tl.arange(0, GROUPS)
+    live = (groups < KP // 64)[:, None] & (n >= 0)[None, :]
+    largest = tl.max(tl.load(scales + groups[:, None] * NP + n[None, :], mask=live, other=0.0).to(tl.float32), axis=0)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(power > 0.0, power, 1.0)
+
+
+@triton.jit
 def _expand_weight(
-    codes, scales, out, NP, KP, NVFP4: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, EMULATE: tl.constexpr
+    codes, scales, out, table, NP, KP, FORM: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     s = tl.program_id(1) * S + tl.arange(0, S)
@@ -50,27 +63,48 @@ def _expand_weight(
     live = (s < KP // 128)[None, :, None] & (n >= 0)[:, None, None] & (j >= 0)[None, None, :]
     row = n.to(tl.int64)[:, None, None]
     packed = tl.load(codes + row * (KP // 2) + s[None, :, None] * 64 + j[None, None, :], mask=live, other=0)
-    for half in tl.static_range(2):
-        nibble = (packed >> (4 * half)) & 15
-        at = row * KP + s[None, :, None] * 128 + half * 64 + j[None, None, :]
-        if NVFP4:
+    at = row * KP + s[None, :, None] * 128 + j[None, None, :]
+    if FORM == "plain":
+        for half in tl.static_range(2):
             group = s[None, :, None] * 8 + half * 4 + tl.arange(0, 4)[None, None, :]
             scale = _e4m3_values(tl.load(scales + group * NP + n[:, None, None], mask=(s < KP // 128)[None, :, None], other=0))
             wide = tl.reshape(tl.broadcast_to(scale[:, :, :, None], (BN, S, 4, 16)), (BN, S, 64))
-            tl.store(out + at, storable(_e2m1_values(nibble) * wide, out.dtype.element_ty, EMULATE), mask=live)
+            value = _e2m1_values((packed >> (4 * half)) & 15) * wide
+            tl.store(out + at + half * 64, storable(value, out.dtype.element_ty, EMULATE), mask=live)
+    else:
+        first, second, largest = _pair(scales, n[:, None], s[None, :], NP, KP)
+        low = _e4m3_weights(packed, 0, PTX).to(tl.float32)  # code * 2^-9
+        high = _e4m3_weights(packed, 1, PTX).to(tl.float32)
+        if FORM == "half":
+            unit = _unit(scales, n, NP, KP, GROUPS)
+            tl.store(out + at, (low * (tl.div_rn(first, tl.broadcast_to(unit[:, None], first.shape)) * 512.0)[:, :, None]).to(tl.float16), mask=live)
+            tl.store(
+                out + at + 64, (high * (tl.div_rn(second, tl.broadcast_to(unit[:, None], first.shape)) * 512.0)[:, :, None]).to(tl.float16), mask=live
+            )
+            tl.store(table + n, unit, mask=(n >= 0) & (tl.program_id(1) == 0))
         else:
-            tl.store(out + at, _code_bytes(nibble), mask=live)
+            tl.store(out + at, e4m3_byte(low * (tl.div_rn(first, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
+            tl.store(out + at + 64, e4m3_byte(high * (tl.div_rn(second, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
+            _, _, following = _pair(scales, n[:, None], s[None, :] + 1, NP, KP)
+            last = (s == KP // 128 - 1)[None, :]
+            ratio = tl.div_rn(largest, tl.where(last, 32.0, following))
+            tl.store(table + s[None, :] * NP + n[:, None], ratio, mask=(s < KP // 128)[None, :] & (n >= 0)[:, None])
 
 
-def expand_weight_triton(part: PartView, dtype: torch.dtype) -> Tensor:
+def expand_weight_triton(part: PartView, form: str, dtype: torch.dtype | None = None) -> ExpandedWeight:
     """Same arguments and result as expand_weight_torch."""
-    spec = part.spec
-    out = torch.empty(spec.n_padded, spec.k_padded, dtype=dtype, device=part.codes.device)
-    nvfp4 = spec.precision == "nvfp4"
-    scales = part.scales.view(torch.uint8) if nvfp4 else part.scales  # Triton has no e4m3 type below sm_89
-    with launch_device(out.device):
-        _expand_weight[(spec.n_padded // ROWS, triton.cdiv(spec.k_padded // 128, SLICES))](
-            part.codes, scales, out if nvfp4 else out.view(torch.uint8), spec.n_padded, spec.k_padded,
-            NVFP4=nvfp4, BN=ROWS, S=SLICES, EMULATE=interpreting(), num_warps=4,
+    rows, cols = part.spec.n_padded, part.spec.k_padded
+    device = part.codes.device
+    dtype = {"e4m3": torch.float8_e4m3fn, "half": torch.float16}.get(form, dtype)
+    values = torch.empty(rows, cols, dtype=dtype, device=device)
+    table: Tensor | None = None
+    if form != "plain":
+        table = torch.empty((cols // 128, rows) if form == "e4m3" else (rows,), dtype=torch.float32, device=device)
+    with launch_device(device):
+        _expand_weight[(rows // ROWS, triton.cdiv(cols // 128, SLICES))](
+            part.codes,
+            part.scales.view(torch.uint8) if form == "plain" else part.scales,  # Triton has no e4m3 type below sm_89
+            values.view(torch.uint8) if form == "e4m3" else values, values if table is None else table, rows, cols,
+            FORM=form, GROUPS=triton.next_power_of_2(cols // 64) if form == "half" else 1, BN=ROWS, S=SLICES, PTX=target_for(device).name.startswith("sm_"), EMULATE=interpreting(), num_warps=4,
         )  # fmt: skip
-    return out
+    return ExpandedWeight(values, ratio=table if form == "e4m3" else None, scale=table if form == "half" else None)

@@ -1,4 +1,4 @@
-"""Triton kernel of norm_modulate; the formula is stated in norm_modulate.py. Row statistics and tiles are those of smooth_quantize."""
+"""Triton kernel of norm_modulate; the formula is stated in norm_modulate.py. Statistics and arithmetic are those of smooth_quantize."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .norm_modulate import Norm
-from .rounding import rounded_finite, storable
-from .smooth_quantize_triton import _load_rows, _modulation, _statistics
+from .rounding import storable
+from .row_statistics_triton import has_pairs, load_rows, modulated, norm_arguments, one_batch, row_moments_triton
 from .targets import interpreting, launch_device, target_for
-from .tiles import quantize_tile
+
+_BM, _BK = 4, 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_batch"])
 def _norm_modulate(
-    x, shift, scale, out, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch, eps,
-    EVEN_K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EMULATE: tl.constexpr,
+    x, shift, scale, moments, out, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch,
+    ONE_BATCH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = x.dtype.element_ty
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    mean, rstd = _statistics(x, rows, M, K, x_row, x_col, eps, EVEN_K, BM, BK)
-    for k in range(0, K, BK):
-        cols = k + tl.arange(0, BK)
-        m = _load_rows(x, rows, cols, M, K, x_row, x_col, EVEN_K)
-        factor = 1.0 + _modulation(scale, rows, cols, M, K, scale_row, rows_per_batch, False, EVEN_K)
-        offset = _modulation(shift, rows, cols, M, K, shift_row, rows_per_batch, False, EVEN_K)
-        m = rounded_finite((m - mean[:, None]) * rstd[:, None] * factor + offset, DTYPE, EMULATE)
-        at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-        tl.store(out + at, storable(m, DTYPE, EMULATE), mask=(rows < M)[:, None] & (cols < K)[None, :])
+    cols = tl.program_id(1) * BK + tl.arange(0, BK)
+    mean = tl.load(moments + rows, mask=rows < M, other=0.0)
+    rstd = tl.load(moments + M + rows, mask=rows < M, other=0.0)
+    m = load_rows(x, rows, cols, M, K, x_row, x_col)
+    m = modulated(m, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
+    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(out + at, storable(m, x.dtype.element_ty, EMULATE), mask=(rows < M)[:, None] & (cols < K)[None, :])
 
 
 def norm_modulate_triton(x: Tensor, norm: Norm) -> Tensor:
@@ -38,12 +36,12 @@ def norm_modulate_triton(x: Tensor, norm: Norm) -> Tensor:
     out = torch.empty(rows, k, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    tile = quantize_tile(target_for(x.device), x.dtype, k, True)
-    shift, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (norm.shift, norm.scale))
+    moments = row_moments_triton(x, norm.eps)
+    shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, out, rows)
     with launch_device(x.device):
-        _norm_modulate[(triton.cdiv(rows, tile.bm),)](
-            x, shift, scale, out, rows, k, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
-            min(norm.rows_per_batch, rows), norm.eps,
-            EVEN_K=k % tile.bk == 0, BM=tile.bm, BK=tile.bk, EMULATE=interpreting(), num_warps=tile.warps, num_stages=tile.stages,
+        _norm_modulate[(triton.cdiv(rows, _BM), triton.cdiv(k, _BK))](
+            x, shift, scale, moments, out, rows, k, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch,
+            ONE_BATCH=one_batch(rows, rows_per_batch, _BM), BM=_BM, BK=_BK, PTX=has_pairs(target_for(x.device)), EMULATE=interpreting(),
+            num_warps=4,
         )  # fmt: skip
     return out

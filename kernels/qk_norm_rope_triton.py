@@ -5,6 +5,7 @@ A program owns one token's q heads, or its k heads.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,16 +47,26 @@ def qk_norm_rope_kernel(
     tl.store(at, storable(x, DTYPE, EMULATE), live)
 
 
+def _fp32(scale: Tensor) -> Tensor:
+    return scale if scale.dtype == torch.float32 and scale.is_contiguous() else scale.float().contiguous()
+
+
+def _table(pe: Tensor) -> tuple[Tensor, int]:
+    """pe [B|1, 1, L, D/2, 2, 2] with the tokens' matrices fp32 and one after another, and its stride from batch to batch."""
+    pe = pe.float()
+    if not pe[0].is_contiguous():
+        pe = pe.contiguous()
+    return pe, pe.stride(0) if pe.shape[0] > 1 else 0
+
+
 def qk_norm_rope_triton(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, pe: Tensor | None, heads: int, eps: float) -> Tensor:
     """In place on qkv; arguments as `qk_norm_rope_`, already checked."""
     batch, length = qkv.shape[:2]
-    rope = pe is not None
-    pe = pe.float().contiguous() if rope else query_scale  # a stand-in that is never read
+    table, table_stride = (query_scale, 0) if pe is None else _table(pe)  # without RoPE a stand-in that is never read
     with launch_device(qkv.device):
         qk_norm_rope_kernel[(batch * length, 2)](
-            qkv, query_scale.float().contiguous(), key_scale.float().contiguous(), pe, length, qkv.stride(0), qkv.stride(1),
-            pe.stride(0) if rope and pe.shape[0] > 1 else 0, eps,
-            HEADS=heads, BLOCK_H=triton.next_power_of_2(heads), D=query_scale.shape[0], ROPE=rope, EMULATE=interpreting(),
+            qkv, _fp32(query_scale), _fp32(key_scale), table, length, qkv.stride(0), qkv.stride(1), table_stride, eps,
+            HEADS=heads, BLOCK_H=triton.next_power_of_2(heads), D=query_scale.shape[0], ROPE=pe is not None, EMULATE=interpreting(),
             num_warps=4, enable_fp_fusion=False,  # products rounded before they are added, as in the plain path: the same bits
         )  # fmt: skip
     return qkv

@@ -8,13 +8,16 @@
 
     precision  mode   kind    codes                                              scales
     int4       exact  "int4"  rne(v/s) in -8..7 (unsigned 0..15)                 s = amax/7 (/15), a group of 64: fp32 [Kp/64, M]
+    int4       exact  "half"  fp16(code*s / u), code and s as above              u = 2^(floor(log2(amax of the row)) - 8): fp32 [M]
     int4       fast   "e4m3"  e4m3(v/s), code form e4m3                          s = amax/448 of the row: fp32 [M]
     int4       fast   "int8"  rne(v/s) in -127..127, code form int8              s = amax/127, a group of 64: fp32 [Kp/64, M]
     nvfp4      exact  "plain" e2m1(v/s) * e4m3(s), s = min(amax/6, 448), 16s     none: the product is exact in the compute type
     nvfp4      fast   "plain" v                                                  none
 
+"half" is what `wide` asks for in code form e4m3: the same numbers as "int4", ready for 16-bit matrix units. They stay below 512, where fp16
+keeps 11 bits of them, and the division by u is exact. u is not below 2^-126.
 Codes are [M, Kp] (K padded to 128 with zeros). "int4" codes are int8 values in code form int8, bytes s000mmmm in code form e4m3.
-A group or row of zeros has scale 0 and codes 0.
+A group or row of zeros has scale 0 (u = 1) and codes 0.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ class QuantizedInput:
     dtype: torch.dtype
 
 
-def check_input(x: Tensor, part: PartView, mode: str, norm: Norm | None) -> None:
-    """Raises ValueError when x, the mode or the norm do not fit the part."""
+def check_input(x: Tensor, part: PartView, mode: str, norm: Norm | None, row_amax: Tensor | None = None) -> None:
+    """Raises ValueError when x, the mode, the norm or row_amax do not fit the part."""
     spec = part.spec
     if spec.precision == "w4a16":
         raise ValueError("this is a w4a16 layer: its input is not quantised, use w4a16_linear")
@@ -56,6 +59,21 @@ def check_input(x: Tensor, part: PartView, mode: str, norm: Norm | None) -> None
         for name, tensor in (("shift", norm.shift), ("scale", norm.scale)):
             if tensor.ndim != 2 or tensor.shape[1] != spec.k or tensor.shape[0] < batches:
                 raise ValueError(f"norm.{name} has shape {list(tensor.shape)}, expected [{batches}, {spec.k}]")
+    if row_amax is not None:
+        if norm is not None:
+            raise ValueError("row_amax belongs to an input without a norm: give one of the two")
+        if row_amax.shape != x.shape[:1] or row_amax.dtype != torch.float32 or not row_amax.is_contiguous():
+            raise ValueError(f"row_amax is {row_amax.dtype} {list(row_amax.shape)}, expected contiguous float32 [{x.shape[0]}]")
+
+
+def kind_of(part: PartView, mode: str, wide: bool) -> str:
+    """The kind of the result for a part, a mode and the product's path."""
+    spec = part.spec
+    if spec.precision == "nvfp4":
+        return "plain"
+    if mode == "exact":
+        return "half" if wide and spec.code_form == "e4m3" else "int4"
+    return spec.code_form
 
 
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -100,27 +118,44 @@ def _nvfp4_values(v: Tensor) -> Tensor:
     return (e2m1_round(ratio) * scale.to(torch.float8_e4m3fn).float()).view(v.shape)
 
 
-def smooth_quantize_torch(x: Tensor, part: PartView, mode: str, norm: Norm | None = None) -> QuantizedInput:
-    """x [M, K] (any strides) -> QuantizedInput for `part`. Raises ValueError as `check_input`."""
-    check_input(x, part, mode, norm)
-    spec, dtype = part.spec, x.dtype
+def smoothed_torch(x: Tensor, part: PartView, shifted: bool, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """(m in x's type, v as fp32), both [M, K]."""
     m = x if norm is None else norm_modulate_torch(x, norm)
-    lowrank = None if part.down is None else m.float() @ part.down[: spec.k].float()
-    shifted = spec.act_unsigned and mode == "exact"
     v = m.float() + SHIFT if shifted else m.float()
-    v = rounded_or_kept(v / part.smooth[: spec.k], dtype)
+    return m, rounded_or_kept(v / part.smooth[: part.spec.k], x.dtype)
+
+
+def power_below(amax: Tensor) -> Tensor:
+    """u = 2^(floor(log2(amax)) - 8), not below 2^-126; 1 where amax is 0."""
+    exponent = (torch.frexp(amax).exponent - 9).clamp(min=-126)
+    return torch.ldexp(torch.ones_like(amax), torch.where(amax > 0, exponent, 0))
+
+
+def smooth_quantize_torch(
+    x: Tensor, part: PartView, mode: str, norm: Norm | None = None, row_amax: Tensor | None = None, *, wide: bool = False
+) -> QuantizedInput:
+    """x [M, K] (any strides) -> QuantizedInput for `part`. Arguments as `smooth_quantize`. Raises ValueError as `check_input`."""
+    check_input(x, part, mode, norm, row_amax)
+    spec, dtype, kind = part.spec, x.dtype, kind_of(part, mode, wide)
+    shifted = spec.act_unsigned and mode == "exact"
+    m, v = smoothed_torch(x, part, shifted, norm)
+    lowrank = None if part.down is None else m.float() @ part.down[: spec.k].float()
+    row_amax = v.abs().amax(dim=1) if row_amax is None else row_amax
     if spec.k != spec.k_padded:
         v = F.pad(v, (0, spec.k_padded - spec.k))
-    if spec.precision == "nvfp4":
+    if kind == "plain":
         codes = (_nvfp4_values(v) if mode == "exact" else v).to(plain_dtype(dtype))
-        return QuantizedInput("plain", codes, None, lowrank, dtype)
-    if mode == "exact":
-        codes, scales = _group_codes(v, 15, 0, 15) if shifted else _group_codes(v, 7, -8, 7)
-        if spec.code_form == "e4m3":
-            codes = torch.where(codes < 0, (-codes.short() + 128), codes.short()).to(torch.uint8)
-        return QuantizedInput("int4", codes, scales, lowrank, dtype)
-    if spec.code_form == "int8":
-        codes, scales = _group_codes(v, 127, -127, 127)
-        return QuantizedInput("int8", codes, scales, lowrank, dtype)
-    scales, ratio = _scaled(v, v.abs().amax(dim=1, keepdim=True), 448.0)
-    return QuantizedInput("e4m3", ratio.to(torch.float8_e4m3fn).view(torch.uint8), scales[:, 0].contiguous(), lowrank, dtype)
+        return QuantizedInput(kind, codes, None, lowrank, dtype)
+    if kind == "e4m3":
+        scales, ratio = _scaled(v, row_amax[:, None], 448.0)
+        return QuantizedInput(kind, ratio.to(torch.float8_e4m3fn).view(torch.uint8), scales[:, 0].contiguous(), lowrank, dtype)
+    if kind == "int8":
+        return QuantizedInput(kind, *_group_codes(v, 127, -127, 127), lowrank, dtype)
+    codes, scales = _group_codes(v, 15, 0, 15) if shifted else _group_codes(v, 7, -8, 7)
+    if kind == "half":
+        u = power_below(row_amax)
+        values = codes.float() * scales.t().repeat_interleave(64, dim=1)
+        return QuantizedInput(kind, (values / u[:, None]).to(torch.float16), u, lowrank, dtype)
+    if spec.code_form == "e4m3":
+        codes = torch.where(codes < 0, (-codes.short() + 128), codes.short()).to(torch.uint8)
+    return QuantizedInput(kind, codes, scales, lowrank, dtype)

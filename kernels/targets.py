@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -26,12 +26,16 @@ class Target:
     has_dot     Triton makes matrix instructions for int8 and 16-bit operands here
     e4m3_dot    and for e4m3 (the OCP kind, not gfx942's own)
     shared      bytes of shared memory one thread block may use
+    copy_engine tensor descriptors go through hardware (TMA)
+    multiprocessors  of the very device at hand; 0 where none was asked
     """
 
     name: str
     has_dot: bool
     e4m3_dot: bool
     shared: int
+    copy_engine: bool = False
+    multiprocessors: int = 0
 
 
 _CPU = Target("cpu", has_dot=False, e4m3_dot=False, shared=0)
@@ -43,7 +47,7 @@ _CUDA_SHARED = {75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 2
 def cuda_target(capability: int) -> Target:
     """capability as one number, 90 for 9.0. Below 8.0 Triton emits no matrix instruction; e4m3 ones start at 8.9."""
     shared = _CUDA_SHARED.get(capability, 101376 if capability >= 80 else 49152)
-    return Target(f"sm_{capability}", has_dot=capability >= 80, e4m3_dot=capability >= 89, shared=shared)
+    return Target(f"sm_{capability}", has_dot=capability >= 80, e4m3_dot=capability >= 89, shared=shared, copy_engine=capability >= 90)
 
 
 def hip_target(arch: str) -> Target:
@@ -62,8 +66,8 @@ def _target_of(kind: str, index: int) -> Target:
         return _CPU if kind == "cpu" else Target(kind, has_dot=False, e4m3_dot=False, shared=0)
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return hip_target(properties.gcnArchName)
-    return cuda_target(properties.major * 10 + properties.minor)
+        return replace(hip_target(properties.gcnArchName), multiprocessors=properties.multi_processor_count)
+    return replace(cuda_target(properties.major * 10 + properties.minor), multiprocessors=properties.multi_processor_count)
 
 
 def _key(device: torch.device | str) -> tuple[str, int]:

@@ -11,13 +11,14 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class Tile:
-    """bn weight rows (outputs) x bm tokens x bk, warps and pipeline stages of one program."""
+    """bn weight rows (outputs) x bm tokens x bk, warps and pipeline stages of one program; its ending runs in `pieces`."""
 
     bn: int
     bm: int
     bk: int
     warps: int
     stages: int
+    pieces: int = 1
 
 
 # w4_matmul, large M, by target family and form of the operands. No entry spills registers (tests/kernels/test_compile.py holds that):
@@ -40,16 +41,21 @@ def _family(target: Target) -> str:
     return {"sm_90": "hopper", "sm_100": "datacenter blackwell", "sm_103": "datacenter blackwell"}.get(target.name, "other nvidia")
 
 
-def quantize_tile(target: Target, dtype: torch.dtype, k: int, norm: bool) -> Tile:
-    """smooth_quantize and norm_modulate: few rows a program, because a program walks the whole of K and the machine wants many programs.
-
-    k is the padded K. With a norm, or with two low-rank dots (types other than bf16), more warps share the registers.
-    """
-    if _family(target) in ("cdna", "rdna"):
-        return Tile(0, 16, 64 if _family(target) == "rdna" else 128, 4 if dtype == torch.bfloat16 else 8, 2)
-    if norm or dtype != torch.bfloat16 or k % 256:
-        return Tile(0, 16, 128, 8, 2)
-    return Tile(0, 16, 256, 4, 1)
+def down_tile(target: Target, dtype: torch.dtype, rows: int, k: int) -> Tile:
+    """smooth_quantize's low-rank product; k is the padded K, cut into `pieces` so that a multiprocessor has two or three programs."""
+    family = _family(target)
+    narrow = dtype != torch.bfloat16  # two dots
+    bm, bk, warps, stages = (64, 128, 4, 3) if k >= 8192 and not narrow else (64, 64, 4, 3 if narrow else 4)
+    if dtype == torch.float32:
+        bm, stages = 32, 2  # shared memory
+    if family == "datacenter blackwell":
+        bm = 32  # its pipeliner cannot take inline PTX before the newer matrix instruction
+    if family in ("cdna", "rdna"):
+        bm, bk, warps, stages = 16, 32 if narrow else 64, 8 if narrow else 4, 2
+    if rows <= 32:
+        bm = 16
+    programs = 448 if narrow else 256
+    return Tile(0, bm, bk, warps, stages, max(1, min(programs // -(-rows // bm), k // 256, 16)))
 
 
 def matmul_tile(target: Target, kind: str, rows: int) -> Tile:
@@ -60,19 +66,40 @@ def matmul_tile(target: Target, kind: str, rows: int) -> Tile:
     return _MATMUL[family][kind]
 
 
-# w4_matmul_wide, by target family and kind. "row" and "group" step over 64 of K, the width of a scale, and hold two accumulators.
+# w4_matmul_wide, by target family and operands. "row" scales its accumulator every 128 of K and wants two programs a multiprocessor,
+# one multiplying while the other scales: 96 KB of shared memory on Hopper, and registers of 64 accumulators a thread.
 _WIDE = {
-    "hopper": {"row": Tile(64, 128, 64, 4, 4), "group": Tile(128, 64, 64, 4, 4), "plain": Tile(256, 128, 64, 8, 4)},
-    "datacenter blackwell": {"row": Tile(128, 128, 64, 8, 4), "group": Tile(128, 128, 64, 8, 4), "plain": Tile(128, 128, 64, 8, 4)},
-    "other nvidia": {"row": Tile(128, 64, 64, 8, 3), "group": Tile(128, 64, 64, 8, 3), "plain": Tile(128, 64, 64, 8, 3)},
+    "hopper": {"row": Tile(128, 128, 128, 8, 3, pieces=2), "16 bit": Tile(128, 256, 64, 8, 3, pieces=4)},
+    "datacenter blackwell": {"row": Tile(128, 128, 128, 8, 3), "16 bit": Tile(128, 128, 64, 8, 4)},
+    "other nvidia": {"row": Tile(128, 64, 128, 8, 3), "16 bit": Tile(128, 64, 64, 8, 3)},
 }
 
 
 def wide_tile(target: Target, kind: str) -> Tile:
-    """w4_matmul_wide; kind is the kernel's: "row", "group" or "plain"."""
-    return _WIDE.get(_family(target), _WIDE["other nvidia"])[kind]
+    """w4_matmul_wide; kind is the kernel's: "row", "half" or "plain"."""
+    return _WIDE.get(_family(target), _WIDE["other nvidia"])["row" if kind == "row" else "16 bit"]
+
+
+_LAST_ROWS = Tile(128, 128, 64, 8, 3)
+
+
+def wide_bands(target: Target, kind: str, rows: int, n: int) -> list[tuple[int, int, Tile]]:
+    """Bands (first row, end, tile) that share out the rows of a product with n outputs.
+
+    Large tiles leave most of the machine idle in their last round when only a few are left (FLUX's 3072 outputs: 432 tiles on 132
+    multiprocessors); then the last rows are made in tiles of half the size.
+    """
+    tile = wide_tile(target, kind)
+    across = -(-n // tile.bn)
+    tiles = across * -(-rows // tile.bm)
+    rounds, left = divmod(tiles, max(target.multiprocessors, 1))
+    whole = rounds * target.multiprocessors // across * tile.bm  # rows that full rounds make
+    if tile.bm < 256 or not 1 <= rounds <= 16 or left == 0 or left > target.multiprocessors // 2 or not 0 < whole < rows:
+        return [(0, rows, tile)]
+    return [(0, whole, tile), (whole, rows, _LAST_ROWS)]
 
 
 def linear_tile(target: Target, rows: int) -> Tile:
     """w4a16_linear: bm tokens share one pass over the weights."""
-    return Tile(bn=16, bm=1 if rows == 1 else 2 if rows == 2 else 4, bk=128, warps=4, stages=3)
+    bm = 1 if rows == 1 else 2 if rows == 2 else 4
+    return Tile(bn=8, bm=bm, bk=1024 // bm, warps=4, stages=2)

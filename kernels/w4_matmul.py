@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .layout import PartSpec, PartView
-from .smooth_quantize_torch import QuantizedInput
+from .norm_modulate import Norm
+from .smooth_quantize import QuantizedInput, smooth_quantize
 from .targets import Target, target_for, triton_reason
 from .w4_matmul_torch import check_operands, w4_matmul_torch
 
@@ -47,8 +48,15 @@ def w4_matmul(
 
 
 def takes_wide(q: QuantizedInput, spec: PartSpec, target: Target) -> bool:
-    """Whether the weight is unpacked first: where many tokens share it, or (e4m3 inputs) where the other kernel has no form for it."""
-    if q.kind == "e4m3":
-        return True
-    expands = spec.precision == "nvfp4" or spec.code_form == "e4m3"
-    return expands and q.codes.shape[0] >= 256 and not target.name.startswith("gfx")
+    """Whether the weight is unpacked first: where many tokens share it, or where the other kernel has no form for these activations."""
+    return q.kind in ("e4m3", "half") or (spec.precision == "nvfp4" and _many_rows(q.codes.shape[0], target))
+
+
+def _many_rows(rows: int, target: Target) -> bool:
+    return rows >= 256 and not target.name.startswith("gfx")
+
+
+def quantize_for(x: Tensor, part: PartView, mode: str, norm: Norm | None = None) -> QuantizedInput:
+    """smooth_quantize in the form that w4_matmul multiplies fastest for x's number of rows. Arguments and errors as `smooth_quantize`."""
+    wide = part.spec.code_form == "e4m3" and _many_rows(x.shape[0], target_for(x.device))
+    return smooth_quantize(x, part, mode, norm, wide=wide)

@@ -1,10 +1,11 @@
 """Oracle of w4_matmul: the 4-bit product, the low-rank branch, the bias and the ending, in plain torch.
 
-    y = (codes*scales) @ (W4 codes*scales)^T * channel_scale + lowrank @ up^T + bias [+ shift_bias] [+ out's old value]     in fp32
+    y = (codes*scales) @ W^T * channel_scale + lowrank @ up^T + bias [+ shift_bias] [+ out's old value]     in fp32
     y = round(y)                                            the one rounding to out.dtype
     y = round(gelu_tanh(y))     for outputs n >= gelu_from
     y = round(residual + gate*y)
 
+W is codes * group scales; for e4m3 activations as expand_weight_torch.py rounds it.
 shift_bias belongs to act_unsigned layers whose activations were not shifted (fast): the file's bias compensates for a shift.
 """
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .expand_weight_torch import expand_weight_torch
 from .layout import E2M1, PartView, signed_codes, unpack_nibbles
 from .norm_modulate import batch_rows
 from .smooth_quantize_torch import QuantizedInput
@@ -24,7 +26,8 @@ def check_operands(
 ) -> None:
     """Raises ValueError when the operands do not fit the part."""
     spec = part.spec
-    kinds = {"nvfp4": ("plain",), "int4": ("int4", "int8" if spec.code_form == "int8" else "e4m3")}.get(spec.precision, ())
+    int4 = ("int4", "int8") if spec.code_form == "int8" else ("int4", "half", "e4m3")
+    kinds = {"nvfp4": ("plain",), "int4": int4}.get(spec.precision, ())
     if q.kind not in kinds:
         raise ValueError(f"the input is of kind {q.kind!r}, a {spec.precision} layer in {spec.code_form} form takes {' or '.join(kinds)}")
     rows = q.codes.shape[0]
@@ -47,17 +50,21 @@ def dequantized_input(q: QuantizedInput, code_form: str) -> Tensor:
     """fp32 [M, Kp]: what the codes and scales stand for."""
     if q.kind == "plain":
         return q.codes.float()
-    if q.kind == "e4m3":
-        return q.codes.view(torch.float8_e4m3fn).float() * q.scales[:, None]
+    if q.kind in ("e4m3", "half"):
+        return (q.codes.view(torch.float8_e4m3fn) if q.kind == "e4m3" else q.codes).float() * q.scales[:, None]
     values = q.codes.float()
     if q.kind == "int4" and code_form == "e4m3":
         values = torch.where(values >= 128, 128 - values, values)
     return (values.view(values.shape[0], values.shape[1] // 64, 64) * q.scales.t()[:, :, None]).view(values.shape)
 
 
-def dequantized_weight(part: PartView) -> Tensor:
-    """fp32 [N, Kp]: codes times group scales, without channel_scale and smooth."""
+def dequantized_weight(part: PartView, kind: str = "int4") -> Tensor:
+    """fp32 [N, Kp]: what activations of `kind` meet: codes times group scales, without channel_scale and smooth; rounded for "e4m3"."""
     n, group = part.spec.n, part.spec.group
+    if kind == "e4m3":
+        weight = expand_weight_torch(part, "e4m3")
+        scale = weight.ratio.double().flip(0).cumprod(0).flip(0).float().t()[:n]
+        return (weight.values[:n].float().view(n, -1, 128) * scale[:, :, None]).view(n, -1)
     if part.spec.precision == "nvfp4":
         values = torch.tensor(E2M1, device=part.codes.device)[unpack_nibbles(part.codes[:n]).int()]
     else:
@@ -70,7 +77,7 @@ def lowrank_product(lowrank: Tensor, part: PartView) -> Tensor:
     spec = part.spec
     up = part.up[: spec.n].float()
     ends = (*spec.segments[1:], spec.n)
-    columns = lowrank.split(spec.rank_padded, dim=1)
+    columns = lowrank.float().split(spec.rank_padded, dim=1)
     return torch.cat([h @ up[a:b].t() for h, a, b in zip(columns, spec.segments, ends, strict=True)], dim=1)
 
 
@@ -89,7 +96,7 @@ def w4_matmul_torch(
     """Writes y [M, N] into `out` (any strides) and returns it. Arguments as `w4_matmul`. Raises ValueError as `check_operands`."""
     check_operands(q, part, out, gate, residual, rows_per_batch)
     spec = part.spec
-    y = dequantized_input(q, spec.code_form) @ dequantized_weight(part).t()
+    y = dequantized_input(q, spec.code_form) @ dequantized_weight(part, q.kind).t()
     if part.channel_scale is not None:
         y *= part.channel_scale[: spec.n]
     if q.lowrank is not None:

@@ -1,10 +1,11 @@
 """w4_matmul for many tokens: unpack the weight into scratch, then a product of plain operands with everything behind it in its ending.
 
 Unpacking inside the product stalls it in every step; outside it costs one pass over the weight (formula: w4_matmul_torch.py;
-expand_weight_torch.py). Operands come through tensor descriptors (the copy engine where there is one). Group scales of INT4 weights, and of
-exact activations, are applied to the sum of every 64 products: folding them into e4m3 operands would be faster (1.4x cuBLAS bf16 was
-measured) but costs 6 dB in a whole sampling, because a weight's rounding is the same in every step.
-A program makes an output tile [BM tokens, BN outputs].
+expand_weight_torch.py). Operands come through tensor descriptors (the copy engine where there is one). As in w4_matmul_triton.py the weight is
+the left operand: y^T = W x^T, so that what belongs to a weight row is a number or two for a thread.
+
+Group scales of "row" products: the accumulator itself is multiplied by ratio[p] behind every 128 of K, which needs no second accumulator, so
+that tiles of 128 x 128 fit with two programs a multiprocessor, one multiplying while the other scales.
 """
 
 from __future__ import annotations
@@ -17,115 +18,137 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .expand_weight_triton import expand_weight_triton
 from .layout import PartView
-from .rounding import dot_split
 from .smooth_quantize_torch import QuantizedInput
-from .targets import launch_device, target_for
-from .tiles import wide_tile
+from .targets import Target, launch_device, target_for
+from .tiles import wide_bands
 from .w4_matmul_triton import check_segments, finish, launch_sizes, launch_switches
 
-
-@triton.jit
-def _lowrank(acc, lowrank, up, m, n, seg, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, EMULATE: tl.constexpr):
-    """acc [BM, BN] + h @ up^T, h fp32 in two bf16 halves."""
-    for r in tl.range(0, RANK, RB, num_stages=1):
-        ranks = r + tl.arange(0, RB)
-        u = tl.load(up + n[:, None] * RANK + ranks[None, :]).to(tl.float32)
-        h = tl.load(lowrank + m.to(tl.int64)[:, None] * ROWS + (seg * RANK + ranks)[None, :])
-        acc = dot_split(h, u.T, acc, True, tl.bfloat16 != up.dtype.element_ty, EMULATE)
-    return acc
+# Hopper adds e4m3 products to its accumulator with about 14 bits and truncates: sums lose this much of themselves per 128 products (H200,
+# measured over random data: 6.1e-4 at K 3072, 2.3e-3 at K 12288). It is the same in every output, so it is given back in one factor.
+HOPPER_E4M3_LOSS = 2.4e-5
 
 
 @triton.jit
-def _dot(xd, wd, m0, n0, k, acc, EMULATE: tl.constexpr):
-    x = xd.load([m0, k])
-    w = wd.load([n0, k])
-    if EMULATE:
-        acc = tl.dot(x.to(tl.float32), w.to(tl.float32).T, acc, input_precision="ieee")
+def _dot(w_from, x_from, n, m, KP, k, acc, COPY_ENGINE: tl.constexpr, BK: tl.constexpr, EMULATE: tl.constexpr):
+    """acc + W[n, k : k + BK] @ X[m, k : k + BK]^T. n, m: first rows for tensor descriptors, else all rows."""
+    if COPY_ENGINE:
+        w = w_from.load([n, k])
+        x = x_from.load([m, k])
     else:
-        acc = tl.dot(x, w.T, acc)
+        cols = k + tl.arange(0, BK)[None, :]
+        w = tl.load(w_from + n.to(tl.int64)[:, None] * KP + cols)
+        x = tl.load(x_from + m.to(tl.int64)[:, None] * KP + cols)
+    if EMULATE:
+        acc = tl.dot(w.to(tl.float32), x.to(tl.float32).T, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(w, x.T, acc)
     return acc
 
 
 @triton.jit
-def _scaled_product(
-    xd, wd, x_scales, scales, m0, n0, token, n, M, NP, KP, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EMULATE: tl.constexpr
+def _lowrank(
+    acc, up, lowrank, n, m, seg, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, TF32: tl.constexpr,
+    COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN]: sums of 64 products times the weight's group scale (GROUP: and the token's)."""
-    acc = tl.zeros((BM, BN), tl.float32)
-    w_scale = tl.load(scales + n).to(tl.float32)  # one step ahead: a scale loaded where it is used is waited for in every step
-    if GROUP:
-        x_scale = tl.load(x_scales + token)
-    for k in range(0, KP, 64):
-        ahead = tl.minimum(k // 64 + 1, KP // 64 - 1)
-        next_w = tl.load(scales + ahead * NP + n).to(tl.float32)
-        part = _dot(xd, wd, m0, n0, k, tl.zeros((BM, BN), tl.float32), EMULATE)
-        if GROUP:
-            next_x = tl.load(x_scales + ahead.to(tl.int64) * M + token)
-            part *= x_scale[:, None]
-            x_scale = next_x
-        acc += part * w_scale[None, :]
-        w_scale = next_w
+    """acc [BN, BM] + up @ h^T: both bf16, or in tf32, which holds 16-bit numbers exactly and fp32 ones with 11 significant bits."""
+    for r in tl.range(0, RANK, RB, num_stages=3):
+        if COPY_ENGINE:
+            u = up.load([n, r])
+            h = lowrank.load([m, seg * RANK + r])
+        else:
+            ranks = r + tl.arange(0, RB)[None, :]
+            u = tl.load(up + n.to(tl.int64)[:, None] * RANK + ranks)
+            h = tl.load(lowrank + m.to(tl.int64)[:, None] * ROWS + seg * RANK + ranks)
+        if EMULATE:
+            acc = tl.dot(u.to(tl.float32), h.to(tl.float32).T, acc, input_precision="ieee")
+        elif TF32:
+            acc = tl.dot(u.to(tl.float32), h.T, acc, input_precision="tf32")
+        else:
+            acc = tl.dot(u, h.T, acc)
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "M", "rows_per_batch", "gelu_from", "seg1", "seg2", "seg3"])
 def _w4_matmul_wide(
-    xd, wd, x_scales, scales, lowrank, up, channel_scale, shift_bias, bias, out, residual, gate,
-    M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3,
-    KIND: tl.constexpr, FOLD: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, SEGMENTS: tl.constexpr,
+    w_from, x_from, up, lowrank, table, x_scales, channel_scale, shift_bias, bias, out, residual, gate, gain,
+    start, M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3,
+    KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
-    GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PIECES: tl.constexpr,
-    EMULATE: tl.constexpr,
+    GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PIECES: tl.constexpr,
+    TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """KIND: "plain" (16-bit operands, NVFP4), "row" (e4m3 activations with a scale a token), "group" (4-bit ones with a scale every 64)."""
-    tiles_m = tl.cdiv(M, BM)
+    """Rows start to M of out. KIND: "row" (e4m3, table = ratio [KP / 128, NP]), "half" (fp16, table = scale [NP]), "plain" (16 bit, no scales).
+
+    w_from [NP, KP], x_from [M, KP], up [NP, RANK], lowrank [M, SEGMENTS * RANK]: tensor descriptors with COPY_ENGINE, else pointers.
+    """
+    tiles_m = tl.cdiv(M - start, BM)
     band = GROUP_M * tl.cdiv(NP, BN)
     first = tl.program_id(0) // band * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
     inside = tl.program_id(0) % band
-    m0 = (first + inside % height) * BM
+    m0 = start + (first + inside % height) * BM
     n0 = inside // height * BN
-    m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
-    token = tl.minimum(m, M - 1)  # rows past the end repeat the last one; nothing of them is stored
-    if KIND == "plain":
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, KP, BK):
-            acc = _dot(xd, wd, m0, n0, k, acc, EMULATE)
+    acc = tl.zeros((BN, BM), tl.float32)
+    if COPY_ENGINE:
+        w_rows = n0
+        x_rows = m0
     else:
-        acc = _scaled_product(xd, wd, x_scales, scales, m0, n0, token, n, M, NP, KP, KIND == "group", BM, BN, EMULATE)
-        acc *= FOLD
+        w_rows = n
+        x_rows = tl.minimum(m0 + tl.arange(0, BM), M - 1)
     if KIND == "row":
-        acc *= tl.load(x_scales + token)[:, None]
+        ratio = tl.load(table + n)  # one step ahead: a ratio loaded where it is used is waited for in every step
+        for k in range(0, KP, 128):
+            following = tl.load(table + tl.minimum(k // 128 + 1, KP // 128 - 1) * NP + n)
+            acc = _dot(w_from, x_from, w_rows, x_rows, KP, k, acc, COPY_ENGINE, 128, EMULATE)
+            acc *= ratio[:, None]
+            ratio = following
+    else:
+        for k in range(0, KP, BK):
+            acc = _dot(w_from, x_from, w_rows, x_rows, KP, k, acc, COPY_ENGINE, BK, EMULATE)
+    if KIND == "half":
+        acc *= tl.load(table + n)[:, None]
     if HAS_CHANNEL:
-        acc *= tl.load(channel_scale + n)[None, :]
+        acc *= tl.load(channel_scale + n)[:, None]
+    if KIND != "plain":
+        acc *= (tl.load(x_scales + tl.minimum(m0 + tl.arange(0, BM), M - 1)) * gain)[None, :]
     if RANK > 0:
         seg = (n0 >= seg1).to(tl.int32) + (n0 >= seg2).to(tl.int32) + (n0 >= seg3).to(tl.int32)
-        acc = _lowrank(acc, lowrank, up, token, n, seg, SEGMENTS * RANK, RANK, RB, EMULATE)
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_SHIFT:
-        acc += tl.load(shift_bias + n)[None, :]
-    # The ending's loads and stores piece by piece: fewer registers at once.
-    pieces = _pieces(acc, BM, BN, PIECES)
+        acc = _lowrank(acc, up, lowrank, w_rows, x_rows, seg, SEGMENTS * RANK, RANK, RB, TF32, COPY_ENGINE, EMULATE)
+    # The ending piece by piece: fewer registers at once.
+    pieces = _pieces(acc, BN, BM, PIECES)
     for i in tl.static_range(PIECES):
+        y = pieces[i]
+        m = m0 + i * (BM // PIECES) + tl.arange(0, BM // PIECES)
+        if HAS_BIAS:
+            y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if HAS_SHIFT:
+            y += tl.load(shift_bias + n)[:, None]
         finish(
-            pieces[i], out, residual, gate, n0 + i * (BN // PIECES) + tl.arange(0, BN // PIECES), m, M, N,
-            out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, ACCUMULATE, GELU, GATE, EMULATE,
+            tl.trans(y), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch,
+            gelu_from, ACCUMULATE, GELU, GATE, EMULATE,
         )  # fmt: skip
 
 
 @triton.jit
-def _pieces(acc, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):
-    """acc [BM, BN] as PIECES (2 or 4) tensors of neighbouring columns."""
-    left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-    if PIECES == 2:
-        result = (left, right)
+def _pieces(acc, BN: tl.constexpr, BM: tl.constexpr, PIECES: tl.constexpr):
+    """acc [BN, BM] as a tuple of PIECES (1, 2 or 4) tensors of neighbouring columns."""
+    if PIECES == 1:
+        result = (acc,)
     else:
-        a, b = tl.split(tl.permute(tl.reshape(left, (BM, 2, BN // 4)), (0, 2, 1)))
-        c, d = tl.split(tl.permute(tl.reshape(right, (BM, 2, BN // 4)), (0, 2, 1)))
-        result = (a, b, c, d)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM // 2)), (0, 2, 1)))
+        if PIECES == 2:
+            result = (left, right)
+        else:
+            a, b = tl.split(tl.permute(tl.reshape(left, (BN, 2, BM // 4)), (0, 2, 1)))
+            c, d = tl.split(tl.permute(tl.reshape(right, (BN, 2, BM // 4)), (0, 2, 1)))
+            result = (a, b, c, d)
     return result
+
+
+def e4m3_gain(target: Target, k: int) -> float:
+    """What the accumulator of an e4m3 product over k inputs is multiplied by at its end."""
+    return 1.0 + HOPPER_E4M3_LOSS * (k / 128) if target.name == "sm_90" else 1.0
 
 
 def w4_matmul_wide(
@@ -140,7 +163,7 @@ def w4_matmul_wide(
     residual: Tensor | None = None,
     rows_per_batch: int = 1 << 30,
 ) -> Tensor:
-    """Same arguments and result as w4_matmul_torch, where the part is in code form e4m3 or NVFP4. Operands must have been checked.
+    """Same arguments and result as w4_matmul_torch, for kinds "e4m3", "half" and "plain". Operands must have been checked.
 
     Raises ValueError for more than four segments.
     """
@@ -148,22 +171,29 @@ def w4_matmul_wide(
     check_segments(spec)
     if rows == 0:
         return out
-    kind = {"plain": "plain", "e4m3": "row", "int4": "group"}[q.kind]
-    x = q.codes if kind == "plain" else q.codes.view(torch.float8_e4m3fn)
-    tile = wide_tile(target_for(out.device), kind)
+    kind = "row" if q.kind == "e4m3" else q.kind
+    x = q.codes.view(torch.float8_e4m3fn) if kind == "row" else q.codes
+    target = target_for(out.device)
     rank = 0 if q.lowrank is None else spec.rank_padded
-    shift = spec.act_unsigned and kind != "group"
+    shift = spec.act_unsigned and kind == "row"
     gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
-    weight = expand_weight_triton(part, x.dtype)
+    weight = expand_weight_triton(part, q.kind, x.dtype)
+    table = weight.ratio if kind == "row" else weight.scale
+    tf32 = rank > 0 and not q.lowrank.dtype == part.up.dtype == torch.bfloat16
+    block = min(rank & -rank, 32 if tf32 else 16)
+    switches = launch_switches(part, rank, shift, bias, accumulate, gelu_from, gate) | {"RB": block, "GROUP_M": 16 if kind == "row" else 8}
+    sizes = launch_sizes(spec, rows, out, residual, gate, rows_per_batch, gelu_from)[1:]
     with launch_device(out.device):
-        _w4_matmul_wide[(triton.cdiv(rows, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
-            TensorDescriptor.from_tensor(x, [tile.bm, tile.bk]), TensorDescriptor.from_tensor(weight, [tile.bn, tile.bk]),
-            out if kind == "plain" else q.scales, out if kind == "plain" else part.scales, q.lowrank if rank else out,
-            part.up if rank else out, out if part.channel_scale is None else part.channel_scale, part.shift_bias if shift else out,
-            out if bias is None else bias.contiguous(), out, out if residual is None else residual, out if gate is None else gate,
-            *launch_sizes(spec, rows, out, residual, gate, rows_per_batch, gelu_from),
-            KIND=kind, FOLD={"plain": 1.0, "row": 2.0**9, "group": 2.0**18}[kind], BM=tile.bm, BN=tile.bn, BK=tile.bk,
-            PIECES=4 if tile.bn > 128 else 2, **launch_switches(part, rank, shift, bias, accumulate, gelu_from, gate),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        for start, stop, tile in wide_bands(target, kind, rows, spec.n_padded):
+            operands = [(weight.values, tile.bn, tile.bk), (x, tile.bm, tile.bk)]
+            operands += [(part.up, tile.bn, block), (q.lowrank, tile.bm, block)] if rank else [(x, tile.bm, tile.bk)] * 2
+            _w4_matmul_wide[(triton.cdiv(stop - start, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
+                *(TensorDescriptor.from_tensor(t, [rows, cols]) if target.copy_engine else t for t, rows, cols in operands),
+                out if table is None else table, out if q.scales is None else q.scales,
+                out if part.channel_scale is None else part.channel_scale, part.shift_bias if shift else out,
+                out if bias is None else bias.contiguous(), out, out if residual is None else residual, out if gate is None else gate,
+                e4m3_gain(target, spec.k_padded) if kind == "row" else 1.0, start, stop, *sizes,
+                KIND=kind, BN=tile.bn, BM=tile.bm, BK=tile.bk, PIECES=tile.pieces, TF32=tf32, COPY_ENGINE=target.copy_engine,
+                **switches, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
     return out

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import layout
-from ..kernels.norm_modulate import Norm, norm_modulate
+from ..kernels.norm_modulate import Norm
 from ..kernels.qk_norm_rope import qk_norm_rope_
-from ..kernels.targets import code_form, resolve_compute
+from ..kernels.targets import code_form
 from .formats.checkpoint import FluxCheckpoint, HostLinear
-from .linear import LARGEST_FP16, Ending, Leaf, PackedLinear, PlainLinear, parameter
+from .linear import LARGEST_FP16, Ending, Leaf, PackedLinear, PlainLinear, normalised, parameter, resolved
 from .runtime import Runtime
 
 EPS = 1e-6
@@ -89,7 +89,7 @@ class SelfAttention(nn.Module):
 def modulated(x: Tensor, mod: Mod, dims: Dims | None) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift in fp32, rounded once. x [B, L, D]."""
     if dims is None and mod.shift.shape[1] == 1:
-        return norm_modulate(x.reshape(x.shape[:-1].numel(), x.shape[-1]), _norm(x, mod)).view(x.shape)
+        return normalised(x, _norm(x, mod))
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
     if dims is None:  # a modulation per token
         return (normed * (1 + mod.scale.float()) + mod.shift.float()).to(x.dtype)
@@ -112,12 +112,17 @@ def gated(x: Tensor, y: Tensor, gate: Tensor, dims: Dims | None) -> Tensor:
 
 
 def _norm(x: Tensor, mod: Mod) -> Norm:
-    batch = x.shape[0]
-    return Norm(mod.shift[:, 0].expand(batch, -1), mod.scale[:, 0].expand(batch, -1), max(x.shape[1], 1), EPS)
+    return Norm(_one_time(mod.shift, x), _one_time(mod.scale, x), max(x.shape[1], 1), EPS)
 
 
 def _residual(x: Tensor, gate: Tensor) -> Ending:
-    return Ending(gate=gate[:, 0].expand(x.shape[0], -1), residual=x)
+    return Ending(gate=_one_time(gate, x), residual=x)
+
+
+def _one_time(values: Tensor, x: Tensor) -> Tensor:
+    """[B, D] of a modulation's values [B|1, 1, D], B that of x."""
+    values = values[:, 0]
+    return values if values.shape[0] == x.shape[0] else values.expand(x.shape[0], -1)
 
 
 def heads_first(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +133,12 @@ def heads_first(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def qk_normed_(qkv: Tensor, norm: QKNorm, heads: int, pe: Tensor | None) -> Tensor:
     """q and k heads of qkv [B, L, 3 * H * D] normed in place, and turned by pe where one is given."""
-    return qk_norm_rope_(qkv, norm.query_norm.scale_on(qkv.device), norm.key_norm.scale_on(qkv.device), pe, heads, EPS)
+    scales = norm.query_norm.scale_on(qkv.device), norm.key_norm.scale_on(qkv.device)
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.qk_norm_rope_(qkv, *scales, pe, heads, EPS)
+    return qk_norm_rope_(qkv, *scales, pe, heads, EPS)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -178,7 +188,13 @@ def patched_attention(
 
 def compute_mode(options: dict, device: torch.device) -> str:
     """The compute mode of this call: `transformer_options["tonfa"]["compute"]`, resolved for the device."""
-    return resolve_compute(options.get("tonfa", {}).get("compute", "auto"), device)
+    return resolved(options.get("tonfa", {}).get("compute", "auto"), device)
+
+
+def check_cancel(runtime: Runtime) -> None:
+    """The host's cancel check; compiled code has none."""
+    if not torch.compiler.is_compiling():
+        runtime.check_cancel()
 
 
 class DoubleBlock(nn.Module):
@@ -209,7 +225,7 @@ class DoubleBlock(nn.Module):
 
         Unknown keywords are ignored.
         """
-        self.runtime.check_cancel()
+        check_cancel(self.runtime)
         options = transformer_options or {}
         compute = compute_mode(options, img.device)
         (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (self.img_mod(vec), self.txt_mod(vec)) if isinstance(vec, Tensor) else vec
@@ -262,15 +278,7 @@ class DoubleBlock(nn.Module):
         qkv = img.new_empty(img.shape[0], n + img.shape[1], self.txt_attn.qkv.out_features)
         for stream, x, mod, at in ((self.txt_attn, txt, txt_mod, slice(0, n)), (self.img_attn, img, img_mod, slice(n, None))):
             stream.qkv.run(x, compute, norm=_norm(x, mod), out=qkv[:, at])
-            norm = stream.norm
-            qk_norm_rope_(
-                qkv[:, at],
-                norm.query_norm.scale_on(x.device),
-                norm.key_norm.scale_on(x.device),
-                pe[:, :, at],
-                heads=self.num_heads,
-                eps=EPS,
-            )
+            qk_normed_(qkv[:, at], stream.norm, self.num_heads, pe[:, :, at])
         return self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options)
 
     def _fused_finish(self, s: str, x: Tensor, attn: Tensor, mod1: Mod, mod2: Mod, compute: str) -> Tensor:
@@ -303,7 +311,7 @@ class SingleBlock(nn.Module):
         **unknown: object,
     ) -> Tensor:
         """x [B, Lt + Li, D] (text first), vec [B, D], pe as in DoubleBlock -> [B, Lt + Li, D]. Unknown keywords are ignored."""
-        self.runtime.check_cancel()
+        check_cancel(self.runtime)
         options = transformer_options or {}
         compute = compute_mode(options, x.device)
         mod = self.modulation(vec)[0] if isinstance(vec, Tensor) else vec

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from ..kernels import layout
 from ..kernels.norm_modulate import Norm, norm_modulate
-from ..kernels.smooth_quantize import smooth_quantize
 from ..kernels.targets import resolve_compute
-from ..kernels.w4_matmul import w4_matmul
+from ..kernels.w4_matmul import quantize_for, w4_matmul
 from ..kernels.w4a16_linear import w4a16_linear
 from .runtime import Runtime
 
@@ -35,8 +34,10 @@ class Ending:
     residual: Tensor | None = None
 
 
-def apply_ending(y: Tensor, ending: Ending) -> Tensor:
+def apply_ending(y: Tensor, ending: Ending | None) -> Tensor:
     """`ending` in torch on y [B, L, N]: the same rounding points as the kernel's."""
+    if ending is None:
+        return y
     if ending.gelu_from is not None:
         y = torch.cat((y[..., : ending.gelu_from], F.gelu(y[..., ending.gelu_from :], approximate="tanh")), -1)
     if ending.gate is not None:
@@ -86,16 +87,30 @@ class PlainLinear(Leaf):
         self, x: Tensor | list[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
     ) -> Tensor:
         """As PackedLinear.run."""
-        x = normalised(x, norm)
-        y = self(x)
-        y = y if ending is None else apply_ending(y, ending)
+        y = apply_ending(self(normalised(x, norm)), ending)
         return y if out is None else out.copy_(y)
 
 
 def normalised(x: Tensor | list[Tensor], norm: Norm | None) -> Tensor:
     """The linear's input as one tensor: parts joined along K, norm and modulation applied."""
     x = x if isinstance(x, Tensor) else torch.cat(tuple(x), -1)
-    return x if norm is None else norm_modulate(x.reshape(x.shape[:-1].numel(), x.shape[-1]), norm).view(x.shape)
+    if norm is None:
+        return x
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.norm_modulate(rows, norm).view(x.shape)
+    return norm_modulate(rows, norm).view(x.shape)
+
+
+def resolved(compute: str, device: torch.device) -> str:
+    """resolve_compute; compiled code keeps what it was told when it was compiled."""
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.resolve_compute(compute, device)
+    return resolve_compute(compute, device)
 
 
 class PackedLinear(Leaf):
@@ -107,11 +122,13 @@ class PackedLinear(Leaf):
 
     def __init__(self, spec: layout.PackSpec, weight: Tensor, bias: Tensor | None, runtime: Runtime):
         super().__init__(runtime)
-        self.spec = spec
+        self.spec, self.handle = spec, spec_handle(spec)
         self.out_features, self.in_features = spec.out_features, spec.in_features
+        self.is_modulation = spec.parts[0].precision == "w4a16"
         self.weight, self.bias = parameter(weight), parameter(bias)
         self._fits_fp16: bool | None = None
         self._side: Side | None = None
+        self._views: tuple[int, list[layout.PartView]] | None = None  # address of the weight they look at
 
     # -- side branches (LoRA) ---------------------------------------------------------------------------------------------------
 
@@ -127,9 +144,10 @@ class PackedLinear(Leaf):
 
     def forward(self, x: Tensor, compute: str | None = None) -> Tensor:
         """x [..., K] -> [..., N] in x's type. compute: "exact", "fast", "weight_only"; None: what `auto` means on x's device."""
+        if compute is None:  # modulation layers have one way to compute
+            compute = "weight_only" if self.is_modulation else resolved("auto", x.device)
         shape = x.shape
-        y = self.run(x.reshape(1, shape[:-1].numel(), shape[-1]), compute or resolve_compute("auto", x.device))
-        return y.view(*shape[:-1], self.out_features)
+        return self.run(x.reshape(1, shape[:-1].numel(), shape[-1]), compute).view(*shape[:-1], self.out_features)
 
     def run(
         self, x: Tensor | list[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
@@ -140,96 +158,59 @@ class PackedLinear(Leaf):
         early. norm: LayerNorm and modulation of x before it.
         out: [B, L, N] to write to (any strides but a contiguous last dimension), else a new tensor. Returns [B, L, N] in x's type.
         """
-        device = (x if isinstance(x, Tensor) else x[0]).device
+        device = x.device if isinstance(x, Tensor) else x[0].device
         with self.runtime.acquire(self, device) as (blob, bias):
-            parts = layout.views(self.spec, blob)
-            if self.is_modulation or compute == "weight_only" or self._side is not None:
-                y = self._unfused(normalised(x, norm), parts, blob, bias, compute)
-                y = y if ending is None else apply_ending(y, ending)
-                return y if out is None else out.copy_(y)
-            return self._fused(self._split(x), parts, bias, compute, norm, ending or Ending(), out)
+            if self._side is None:
+                return self._four_bit(x, blob, bias, compute, norm, ending, out)
+            x = normalised(x, norm)
+            y = apply_ending(self._side.add(self._four_bit(x, blob, bias, compute), x), ending)
+            return y if out is None else out.copy_(y)
 
-    @property
-    def is_modulation(self) -> bool:
-        return self.spec.parts[0].precision == "w4a16"
-
-    def _split(self, x: Tensor | list[Tensor]) -> list[Tensor]:
-        """One input per part. A given list is handed on as it is, to be emptied."""
-        return [x[..., p.col_offset : p.col_offset + p.k] for p in self.spec.parts] if isinstance(x, Tensor) else x
-
-    def _fused(
+    def _four_bit(
         self,
-        xs: list[Tensor],
-        parts: list[layout.PartView],
+        x: Tensor | list[Tensor],
+        blob: Tensor,
         bias: Tensor | None,
         compute: str,
-        norm: Norm | None,
-        ending: Ending,
-        out: Tensor | None,
+        norm: Norm | None = None,
+        ending: Ending | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        batch, length = xs[0].shape[:2]
-        rows = batch * length
-        inputs = []
-        for part in parts:  # all of them before the output exists, letting go of each input: the peak of a whole step is here
-            inputs.append(smooth_quantize(xs.pop(0).reshape(rows, part.spec.k), part, compute, norm))
-        direct = out is not None and batch == 1
-        y = out[0] if direct else torch.empty(rows, self.out_features, dtype=inputs[0].dtype, device=inputs[0].codes.device)
-        residual = None if ending.residual is None else ending.residual.reshape(rows, self.out_features)
-        for i, (q, part) in enumerate(zip(inputs, parts, strict=True)):
-            first, n = part.spec.row_offset, part.spec.n
-            same_rows = [p.row_offset == first for p in self.spec.parts]
-            last = not any(same_rows[i + 1 :])
-            w4_matmul(
-                q,
-                part,
-                bias[first : first + n] if last and bias is not None else None,
-                y[:, first : first + n],
-                accumulate=any(same_rows[:i]),
-                gelu_from=None if ending.gelu_from is None or not last else max(ending.gelu_from - first, 0),
-                gate=ending.gate[:, first : first + n] if last and ending.gate is not None else None,
-                residual=residual[:, first : first + n] if last and residual is not None else None,
-                rows_per_batch=max(length, 1),
-            )
-        if direct:
-            return out
-        y = y.view(batch, length, self.out_features)
-        return y if out is None else out.copy_(y)
+        """As `run`, with a weight and bias on the device and without the side branch."""
+        if torch.compiler.is_compiling():
+            from . import ops
 
-    def _unfused(self, x: Tensor, parts: list[layout.PartView], blob: Tensor, bias: Tensor | None, compute: str) -> Tensor:
-        """x [B, L, K] -> [B, L, N]: modulation layers, weight_only, and whatever has a side branch."""
-        if self.is_modulation:
-            y = w4a16_linear(x.reshape(x.shape[:-1].numel(), self.in_features), parts[0], bias).view(*x.shape[:-1], self.out_features)
-        elif compute == "weight_only":
-            if self._fits_fp16 is None and x.dtype == torch.float16:  # asked for here only, so that loading does not wait for it
-                self._fits_fp16 = layout.largest_weight(self.spec, blob) <= LARGEST_FP16
-            y = dense_linear(x, *self._dense(blob, bias), self._fits_fp16)
-        else:
-            y = self._fused(self._split(x), parts, bias, compute, None, Ending(), None)
-        return y if self._side is None else self._side.add(y, x)
+            return ops.linear(x, blob, bias, self.handle, compute, norm, ending, out)
+        half = (x if isinstance(x, Tensor) else x[0]).dtype == torch.float16
+        if half and compute == "weight_only" and self._fits_fp16 is None and not self.is_modulation:
+            self._fits_fp16 = fits_fp16(self.spec, blob)  # asked for here only, so that loading does not wait for it
+        return packed_linear(self.spec, self._parts(blob), x, bias, compute, norm, ending, out, self._fits_fp16)
+
+    def _parts(self, blob: Tensor) -> list[layout.PartView]:
+        """Views of the parts: kept for the module's own weight, since making them costs more than a launch; made for a streamed one."""
+        if blob is not self.weight:
+            return layout.views(self.spec, blob)
+        kept, at = self._views, blob.data_ptr()
+        if kept is None or kept[0] != at:
+            kept = self._views = (at, layout.views(self.spec, blob))
+        return kept[1]
+
+    def _apply(self, *args: object, **kwargs: object) -> PackedLinear:
+        self._views = None  # they would keep alive the memory that the weight moves away from
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_views": None}  # a copy has its own weight
 
     # -- dense forms ------------------------------------------------------------------------------------------------------------
 
-    def _dense(self, blob: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """fp32 weight [N, K] of the packed bytes, and the bias that belongs to unshifted activations."""
-        weight = torch.zeros(self.out_features, self.in_features, device=blob.device)
-        shifted = any(part.act_unsigned for part in self.spec.parts)
-        if bias is not None or shifted:
-            bias = torch.zeros(self.out_features, device=blob.device) if bias is None else bias.float().clone()
-        for view in layout.views(self.spec, blob):
-            part = view.spec
-            rows, cols = slice(part.row_offset, part.row_offset + part.n), slice(part.col_offset, part.col_offset + part.k)
-            weight[rows, cols] = layout.dense_weight(layout.unpack_view(view))
-            if part.act_unsigned:
-                bias[rows] += view.shift_bias[: part.n]
-        return weight, bias
-
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """The 16-bit linear that the resident storage stands for: fp32 weight [N, K] and bias [N]; side branches are left out."""
-        return self._dense(self.weight, self.bias)
+        return dense_form(self.spec, layout.views(self.spec, self.weight), self.bias)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
         """The host's hook for reading a packed weight: bytes, perhaps cast to fp32 (which is exact) -> dense fp32 [N, K]."""
-        return self._dense(weight.to(torch.uint8), None)[0]
+        return dense_form(self.spec, layout.views(self.spec, weight.to(torch.uint8)), None)[0]
 
     def set_weight(self, weight: Tensor, *args: object, **kwargs: object) -> None:
         """The host's hook for writing a merged weight back: refused, since nothing is re-quantised behind the user's back."""
@@ -237,6 +218,114 @@ class PackedLinear(Leaf):
             "A 4-bit weight cannot be overwritten by a dense one. LoRA and merge patches are applied beside it by the model's own patcher: "
             "use the MODEL that the loader returned, or merge into the dense file that `python -m tonfa dequantize` writes."
         )
+
+
+# -- computing with packed bytes ----------------------------------------------------------------------------------------------------
+
+
+def packed_linear(
+    spec: layout.PackSpec,
+    parts: list[layout.PartView],
+    x: Tensor | list[Tensor],
+    bias: Tensor | None,
+    compute: str,
+    norm: Norm | None = None,
+    ending: Ending | None = None,
+    out: Tensor | None = None,
+    fits_fp16: bool | None = None,
+) -> Tensor:
+    """PackedLinear.run as a function of tensors. fits_fp16: float16 holds every weight (None: it may not)."""
+    if parts[0].spec.precision == "w4a16":
+        x = normalised(x, norm)
+        y = w4a16_linear(x.reshape(x.shape[:-1].numel(), spec.in_features), parts[0], bias).view(*x.shape[:-1], spec.out_features)
+        y = apply_ending(y, ending)
+    elif compute == "weight_only":
+        y = apply_ending(dense_linear(normalised(x, norm), *dense_form(spec, parts, bias), fits_fp16), ending)
+    else:
+        xs = [x[..., p.spec.col_offset : p.spec.col_offset + p.spec.k] for p in parts] if isinstance(x, Tensor) else x
+        return fused_linear(spec, parts, xs, bias, compute, norm, ending or Ending(), out)
+    return y if out is None else out.copy_(y)
+
+
+def fused_linear(
+    spec: layout.PackSpec,
+    parts: list[layout.PartView],
+    xs: list[Tensor],
+    bias: Tensor | None,
+    compute: str,
+    norm: Norm | None,
+    ending: Ending,
+    out: Tensor | None,
+) -> Tensor:
+    """Quantise, multiply, end. xs: [B, L, K_i] per part; emptied."""
+    batch, length = xs[0].shape[:2]
+    rows, columns = batch * length, spec.out_features
+    inputs = []
+    for part in parts:  # all of them before the output exists, letting go of each input: the peak of a whole step is here
+        inputs.append(quantize_for(xs.pop(0).reshape(rows, part.spec.k), part, compute, norm))
+    direct = out is not None and batch == 1
+    y = out[0] if direct else torch.empty(rows, columns, dtype=inputs[0].dtype, device=inputs[0].codes.device)
+    residual = None if ending.residual is None else ending.residual.reshape(rows, columns)
+    firsts = [part.spec.row_offset for part in parts]
+    for i, (q, part) in enumerate(zip(inputs, parts, strict=True)):
+        first, n = firsts[i], part.spec.n
+        last = first not in firsts[i + 1 :]
+        w4_matmul(
+            q,
+            part,
+            cut(bias, first, n) if last else None,
+            cut(y, first, n),
+            accumulate=first in firsts[:i],
+            gelu_from=None if ending.gelu_from is None or not last else max(ending.gelu_from - first, 0),
+            gate=cut(ending.gate, first, n) if last else None,
+            residual=cut(residual, first, n) if last else None,
+            rows_per_batch=max(length, 1),
+        )
+    if direct:
+        return out
+    y = y.view(batch, length, columns)
+    return y if out is None else out.copy_(y)
+
+
+def cut(x: Tensor | None, first: int, n: int) -> Tensor | None:
+    """x[..., first : first + n]; x itself where that is all of it."""
+    return x if x is None or x.shape[-1] == n else x[..., first : first + n]
+
+
+def dense_form(spec: layout.PackSpec, parts: list[layout.PartView], bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """fp32 weight [N, K] of the packed bytes, and the bias that belongs to unshifted activations."""
+    device = parts[0].codes.device
+    weight = torch.zeros(spec.out_features, spec.in_features, device=device)
+    if bias is not None or any(view.spec.act_unsigned for view in parts):
+        bias = torch.zeros(spec.out_features, device=device) if bias is None else bias.float().clone()
+    for view in parts:
+        part = view.spec
+        rows, cols = slice(part.row_offset, part.row_offset + part.n), slice(part.col_offset, part.col_offset + part.k)
+        weight[rows, cols] = layout.dense_weight(layout.unpack_view(view))
+        if part.act_unsigned:
+            bias[rows] += view.shift_bias[: part.n]
+    return weight, bias
+
+
+def fits_fp16(spec: layout.PackSpec, blob: Tensor) -> bool:
+    """Whether float16 holds every weight of a blob. Waits for the device."""
+    return layout.largest_weight(spec, blob) <= LARGEST_FP16
+
+
+# Compiled code names a layout by a number: operators take no objects. One number for equal layouts, so that blocks share compiled code.
+_SPECS: list[layout.PackSpec] = []
+
+
+def spec_handle(spec: layout.PackSpec) -> int:
+    """The number of a layout."""
+    if spec not in _SPECS:
+        _SPECS.append(spec)
+    return _SPECS.index(spec)
+
+
+def spec_of(handle: int) -> layout.PackSpec:
+    """The layout of a number."""
+    return _SPECS[handle]
 
 
 @dataclass

@@ -6,27 +6,20 @@ The defaults are plain torch. nodes/host builds the ComfyUI one, so that overrid
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from .attention import attend
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotary embedding of x [B, H, L, D] by pe [B|1, 1, L, D/2, 2, 2]: (x0, x1) pairs times 2x2 matrices, in pe's type; x's type out."""
     pairs = x.to(pe.dtype).reshape(*x.shape[:-1], -1, 1, 2)
     return (pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]).reshape(x.shape).to(x.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, transformer_options: dict | None = None) -> Tensor:
-    """Exact attention of q, k, v [B, H, L, D] (position already applied) -> [B, L, H * D]."""
-    if mask is not None and mask.ndim == 3:
-        mask = mask.unsqueeze(1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2).reshape(q.shape[0], -1, heads * q.shape[-1])
 
 
 def attention(
@@ -44,11 +37,10 @@ def attention(
     return attend(q, k, v, heads, mask, transformer_options)
 
 
-@contextlib.contextmanager
-def own_tensors(module: nn.Module, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+def own_tensors(module: nn.Module, device: torch.device) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
     """The module's own weight and bias on `device`; copied there for the length of the call if they lie elsewhere."""
     bias = module.bias
-    yield module.weight.to(device), None if bias is None else bias.to(device)
+    return contextlib.nullcontext((module.weight.to(device), None if bias is None else bias.to(device)))
 
 
 @dataclass(frozen=True)
@@ -57,8 +49,8 @@ class Runtime:
 
     attention(q, k, v, heads, pe, mask, transformer_options): q, k [B, H, L, D] before RoPE -> [B, L, H * D].
     attend(q, k, v, heads, mask, transformer_options): the same after RoPE.
-    acquire(module, device): context manager giving (weight, bias) on the device, unchanged in type.
-    check_cancel(): called once a block; raises to stop.
+    acquire(module, device): context manager giving (weight, bias) on the device, unchanged in type; the module's own where they are there.
+    check_cancel(): called once a block, outside compiled code; raises to stop.
     """
 
     attention: Callable[..., Tensor] = attention

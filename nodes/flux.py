@@ -93,7 +93,7 @@ class NunchakuFluxDiTLoader:
         key = (identity(path), where)
         if key != self._key:
             self._key = self._patcher = None  # the old model is let go before the new one takes its place
-            self._patcher = load_flux(path, where)
+            self._patcher = load_flux(path, where, compute=compute)
             self._key = key
         model = self._patcher.clone()
         model.model_options["transformer_options"]["tonfa"] = {"compute": compute}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import ModuleType
 
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
@@ -13,7 +16,25 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...models.runtime import Runtime
+from ...models.attention import fastest
+from ...models.runtime import Runtime, apply_rope
+
+
+def host_made(function: Callable, module: ModuleType) -> Callable | None:
+    """The function, unless something (a custom node that came first) has put its own in the host's place."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return function if code is not None and code.co_filename == module.__file__ else None
+
+
+# What the host attends with when nobody has chosen anything else. Compared by identity at every call: a replacement counts at once.
+STOCK_ATTENTION = host_made(comfy.ldm.modules.attention.attention_pytorch, comfy.ldm.modules.attention)
+STOCK_FLUX = host_made(comfy.ldm.flux.math.attention, comfy.ldm.flux.math)
+
+
+def chosen_attention() -> Callable:
+    """The host's attention: what was put in place of it in either module that a FLUX block's call goes through, else its own choice."""
+    general = comfy.ldm.modules.attention.optimized_attention
+    return general if general is not STOCK_ATTENTION else comfy.ldm.flux.math.optimized_attention
 
 
 def attention(
@@ -25,29 +46,50 @@ def attention(
     mask: Tensor | None = None,
     transformer_options: dict | None = None,
 ) -> Tensor:
-    """The host's own FLUX attention, RoPE included: q, k, v [B, H, L, D] -> [B, L, H * D]. Looked up at each call: a replacement counts."""
-    return comfy.ldm.flux.math.attention(q, k, v, pe=pe, mask=mask, transformer_options=transformer_options or {})
+    """The host's FLUX attention, RoPE included: q, k, v [B, H, L, D] -> [B, L, H * D].
+
+    Where nobody has changed it: our RoPE and `attend`, which the fused path uses too, so that both paths agree.
+    """
+    options = transformer_options or {}
+    if comfy.ldm.flux.math.attention is not STOCK_FLUX or "optimized_attention_override" in options:
+        return comfy.ldm.flux.math.attention(q, k, v, pe=pe, mask=mask, transformer_options=options)
+    if pe is not None:
+        q, k = apply_rope(q, pe), apply_rope(k, pe)
+    return attend(q, k, v, heads, mask, options)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, transformer_options: dict | None = None) -> Tensor:
-    """The host's attention back end on q, k, v [B, H, L, D] whose positions are already applied -> [B, L, H * D]."""
-    run = comfy.ldm.modules.attention.optimized_attention
-    return run(q, k, v, heads, skip_reshape=True, mask=mask, transformer_options=transformer_options or {})
+    """The host's attention back end on q, k, v [B, H, L, D] whose positions are already applied -> [B, L, H * D].
+
+    The host's plain one (torch's) is taken to mean "no choice made": then cuDNN on the GPUs where it is the fastest.
+    """
+    options = transformer_options or {}
+    run = chosen_attention()
+    if run is STOCK_ATTENTION and "optimized_attention_override" not in options:
+        out = fastest(q, k, v, mask)
+        if out is not None:
+            return out
+    return run(q, k, v, heads, skip_reshape=True, mask=mask, transformer_options=options)
 
 
-@contextlib.contextmanager
-def acquire(module: nn.Module, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+def acquire(module: nn.Module, device: torch.device) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
     """The module's weight and bias on `device`, unchanged in type: its own when they lie there, else through the host's streaming.
 
     The host's bias functions (a LoRA's bias in an offloaded layer) are applied; packed weights have no weight functions (see patcher.py).
     """
-    weight, bias = module.weight, module.bias
-    at_home = weight.device == torch.device(device) and not module.comfy_cast_weights and not hasattr(module, "_v")
+    weight = module.weight
+    at_home = weight.device == device and not module.comfy_cast_weights and not hasattr(module, "_v")
     if at_home and not module.weight_function and not module.bias_function:
-        yield weight, bias
-        return
-    asked = {"dtype": weight.dtype, "device": torch.device(device), "bias_dtype": weight.dtype if bias is None else bias.dtype}
-    if "offloadable" not in inspect.signature(comfy.ops.cast_bias_weight).parameters:
+        return contextlib.nullcontext((weight, module.bias))
+    return streamed(module, device)
+
+
+@contextlib.contextmanager
+def streamed(module: nn.Module, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The module's weight and bias as the host brings them to the device."""
+    weight, bias = module.weight, module.bias
+    asked = {"dtype": weight.dtype, "device": device, "bias_dtype": weight.dtype if bias is None else bias.dtype}
+    if not hands_back(comfy.ops.cast_bias_weight):
         yield comfy.ops.cast_bias_weight(module, None, **asked)
         return
     weight, bias, stream = comfy.ops.cast_bias_weight(module, None, offloadable=True, **asked)
@@ -55,6 +97,12 @@ def acquire(module: nn.Module, device: torch.device) -> Iterator[tuple[Tensor, T
         yield weight, bias
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+@functools.lru_cache(maxsize=4)
+def hands_back(cast: Callable) -> bool:
+    """Whether this host's cast_bias_weight wants its buffers back (2025-11 on)."""
+    return "offloadable" in inspect.signature(cast).parameters
 
 
 def check_cancel() -> None:

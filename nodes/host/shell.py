@@ -23,6 +23,7 @@ from ...kernels.targets import resolve_compute, triton_reason
 from ...models.flux import build_blocks
 from ...models.formats.checkpoint import FluxCheckpoint, open_checkpoint
 from ...models.linear import PackedLinear
+from ...models.warmup import warm_up
 from .branches import merged_weight
 from .ops import host_runtime
 from .patcher import TonfaPatcher
@@ -136,8 +137,10 @@ def fitting(dtype: torch.dtype, checkpoint: FluxCheckpoint, device: torch.device
     return dtype
 
 
-def load_flux(path: str, where: Placement, disable_dynamic: bool = False) -> TonfaPatcher:
+def load_flux(path: str, where: Placement, disable_dynamic: bool = False, compute: str = "auto") -> TonfaPatcher:
     """A MODEL of the checkpoint at `path`. disable_dynamic: the host's keyword for rebuilding a model; ours is never dynamic.
+
+    compute: the mode whose kernels are made ready meanwhile.
 
     Raises CheckpointError, a sentence for the user, when the file is something else.
     """
@@ -155,8 +158,12 @@ def load_flux(path: str, where: Placement, disable_dynamic: bool = False) -> Ton
     if where.load.type == "cuda":
         comfy.model_management.free_memory(1 << 30, where.load)  # room to re-pack one layer at a time
     target = where.load if where.load.type == "cuda" else torch.device("cpu")  # other back ends lack types that re-packing needs
+    ready = warm_up(checkpoint, where.load, dtype, compute)
     network = functools.partial(TonfaFlux, checkpoint=checkpoint, target=target, progress=progress_bar())
-    model = TonfaModel(config, model_type=model_type, device=where.offload, unet_model=network)
+    try:
+        model = TonfaModel(config, model_type=model_type, device=where.offload, unet_model=network)
+    finally:
+        ready()  # it reads from the file
     model.diffusion_model.eval()
     checkpoint.close()
     patcher = TonfaPatcher(model, load_device=where.load, offload_device=where.offload)

@@ -6,10 +6,14 @@ import inspect
 
 import comfy.controlnet
 import comfy.ldm.flux.layers
+import comfy.ldm.flux.math
+import comfy.ldm.modules.attention
 import comfy.patcher_extension
 import pytest
 import torch
 from comfy_extras import nodes_easycache, nodes_model_advanced
+from tonfa.models import attention
+from tonfa.nodes.host import ops
 
 import nodes
 
@@ -235,3 +239,93 @@ def test_rope_options(pair):
         return model
 
     pair.check(scaled)
+
+
+# -- attention -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain_host(monkeypatch):
+    """The host as it is on a GPU where nobody chose an attention: torch's. What our own choice was asked, and made to answer."""
+    asked = []
+
+    def answer(q, k, v, mask):
+        asked.append(tuple(q.shape))
+        return None if answer.declines else torch.full((q.shape[0], q.shape[2], q.shape[1] * q.shape[3]), 7.0)
+
+    answer.declines = False
+    stock = comfy.ldm.modules.attention.attention_pytorch
+    monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", stock)
+    monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", stock)
+    monkeypatch.setattr(ops, "fastest", answer)
+    return asked, answer
+
+
+QKV = [noise(1, 2, 5, 8, seed=i) for i in range(3)]
+
+
+def test_the_fastest_attention_is_taken_where_the_host_made_no_choice(plain_host):
+    asked, answer = plain_host
+    assert (ops.attend(*QKV, 2) == 7).all() and (ops.attention(*QKV, 2) == 7).all()
+    assert asked == [(1, 2, 5, 8)] * 2
+    answer.declines = True
+    wanted = torch.nn.functional.scaled_dot_product_attention(*QKV).transpose(1, 2).flatten(2)
+    assert rel(ops.attend(*QKV, 2), wanted) < 1e-6, "the host's own, where nothing is known to be faster"
+
+
+@pytest.mark.parametrize("where", ["option", "general", "flux", "flux function", "patched before us"])
+def test_the_hosts_choice_of_attention_always_wins(plain_host, monkeypatch, where):
+    options = {}
+
+    def chosen(q, k, v, *args, **kwargs):
+        return torch.full((1, 5, 16), 3.0)
+
+    if where == "option":
+        options["optimized_attention_override"] = lambda run, *args, **kwargs: chosen(*args, **kwargs)
+    elif where == "general":
+        monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", chosen)
+        monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", chosen)
+    elif where == "flux":
+        monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", chosen)
+    elif where == "flux function":
+        monkeypatch.setattr(comfy.ldm.flux.math, "attention", chosen)
+    else:
+        monkeypatch.setattr(comfy.ldm.modules.attention, "attention_pytorch", chosen)
+        monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", chosen)
+        monkeypatch.setattr(ops, "STOCK_ATTENTION", ops.host_made(chosen, comfy.ldm.modules.attention))
+    assert (ops.attention(*QKV, 2, None, None, options) == 3).all()
+    if where != "flux function":  # positions are applied already: that function is not asked
+        assert (ops.attend(*QKV, 2, None, options) == 3).all()
+    assert plain_host[0] == []
+
+
+def test_fused_and_plain_path_attend_alike(pair, plain_host, monkeypatch):
+    """A patch that changes nothing sends the blocks down the plain path: both go to the one back end, before and after RoPE."""
+    asked, _ = plain_host
+    monkeypatch.setattr(ops, "fastest", lambda q, k, v, mask: asked.append(1) or attention.attend(q, k, v, q.shape[1], mask))
+
+    def looked_at(model):
+        model.set_model_patch(lambda attn, extra: attn, "attn1_output_patch")
+        return model
+
+    fused = sample(pair.ours)
+    calls = len(asked)
+    plain = sample(looked_at(pair.ours.clone()))
+    assert calls == 16 and len(asked) == 2 * calls, "4 blocks, 4 steps"
+    assert snr(plain, fused) > 80
+
+
+def test_blocks_compile_into_one_graph_in_the_host(pair, plain_host, monkeypatch):
+    """Weights at home, torch's attention: nothing of ours or the host's breaks the graph, and it gives the same bits."""
+    monkeypatch.setattr(ops, "fastest", attention.fastest)
+    model = pair.ours.model.diffusion_model
+    g = torch.Generator().manual_seed(0)
+    img, txt, vec = (torch.randn(1, *shape, generator=g) for shape in ((24, 128), (12, 128), (128,)))
+    pe = model.pe_embedder(torch.rand(1, 36, 3, generator=g) * 9)
+    double = {"img": img, "txt": txt, "vec": vec, "pe": pe, "transformer_options": {"tonfa": {"compute": "fast"}}}
+    single = {k: v for k, v in double.items() if k not in ("img", "txt")} | {"x": torch.cat((txt, img), 1)}
+    with torch.inference_mode():
+        for block, arguments in ((model.double_blocks[0], double), (model.single_blocks[0], single)):
+            torch._dynamo.reset()
+            wanted, got = block(**arguments), torch.compile(block, backend="aot_eager", fullgraph=True)(**arguments)
+            assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))

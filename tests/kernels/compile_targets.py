@@ -20,13 +20,14 @@ import triton
 from tonfa.kernels import expand_weight_triton as expand
 from tonfa.kernels import norm_modulate_triton as norm_modulate
 from tonfa.kernels import qk_norm_rope_triton as rope
+from tonfa.kernels import row_statistics_triton as statistics
 from tonfa.kernels import smooth_quantize_triton as quantize
 from tonfa.kernels import w4_matmul_triton as matmul
 from tonfa.kernels import w4_matmul_wide as wide
 from tonfa.kernels import w4a16_linear_triton as linear
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
-from tonfa.kernels.tiles import linear_tile, matmul_tile, quantize_tile, wide_tile
+from tonfa.kernels.tiles import down_tile, linear_tile, matmul_tile, wide_tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -60,8 +61,9 @@ def compile_variant(variant: Variant, target: Target):
     constants = {(names.index(n),): v for n, v in variant.constants.items()}
     # As in a launch at FLUX sizes: pointers and sizes are multiples of 16, except what the variant names as ragged.
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] != "constexpr" and signature[n] != "fp32"}
-    if "M" in names:
-        attrs.pop((names.index("M"),), None)
+    for name in ("M", "rows_per_batch", "steps"):  # as do_not_specialize has it
+        if name in names:
+            attrs.pop((names.index(name),), None)
     source = ASTSource(variant.fn, signature, constants, attrs)
     return triton.compile(source, target=gpu_target(target), options={"num_warps": variant.warps, "num_stages": variant.stages})
 
@@ -80,19 +82,31 @@ def instruction(target: Target, operands: str) -> str:
     return rf"mma\.sync\S+\.{ptx}\.{ptx}"
 
 
-def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, ranks=32, unsigned=False, ragged=False) -> Variant:
-    tile = quantize_tile(target, dtype, 3072, norm)
-    codes = {"plain": plain_dtype(dtype), "nvfp4": plain_dtype(dtype)}.get(kind, torch.uint8 if byte_codes else torch.int8)
-    types = dict.fromkeys(("M", "K", "KP", "x_row", "shift_row", "scale_row", "rows_per_batch"), "i32") | {"eps": "fp32"}
-    types |= dict.fromkeys(("smooth", "scales", "lowrank"), "*fp32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
-    types |= {"down": "*bf16", "codes": POINTERS[codes]}
+def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, k=3072, unsigned=False, known=False) -> Variant:
+    width, rest, warps = quantize.quantize_tile(k, kind in ("e4m3", "half") and not known)
+    wide = {"plain": plain_dtype(dtype), "nvfp4": plain_dtype(dtype), "half": torch.float16}
+    codes = wide.get(kind, torch.uint8 if byte_codes else torch.int8)
+    types = dict.fromkeys(quantize._quantize.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
+    types |= dict.fromkeys(("smooth", "row_amax", "scales", "moments"), "*fp32") | {"codes": POINTERS[codes]}
     constants = {
-        "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": not ragged,
-        "EVEN_K": not ragged, "RANKS": ranks, "RB": quantize.rank_block(ranks, dtype), "BM": tile.bm, "BK": tile.bk, "EMULATE": False,
+        "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": True,
+        "BM": 1, "BK": width, "REST": rest, "PTX": statistics.has_pairs(target), "EMULATE": False,
     }  # fmt: skip
-    wanted = r"v_(mfma|wmma)_f32" if target.name.startswith("gfx") else r"mma\.sync\S+\.bf16"
-    wanted = wanted if ranks else None
-    return Variant(f"smooth_quantize {name}", quantize._smooth_quantize, types, constants, tile.warps, tile.stages, wanted)
+    constants |= {} if known else {"row_amax": None}
+    return Variant(f"smooth_quantize {name}", quantize._quantize, types, constants, warps, 3, None)
+
+
+def down_variant(name, target, dtype, *, norm, k=3072, ranks=32, batches=1, pair="*bf16") -> Variant:
+    tile = down_tile(target, dtype, 4608, k)
+    types = dict.fromkeys(quantize._down.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
+    types |= {"down": pair, "moments": "*fp32", "products": "*fp32"}
+    constants = {
+        "x_col": 1, "NORM": norm, "ONE_BATCH": batches == 1, "RB": quantize.rank_block(ranks, dtype), "BM": tile.bm, "BK": tile.bk,
+        "PTX": statistics.has_pairs(target), "EMULATE": False,
+    }  # fmt: skip
+    narrow = tile.bm < 64 and target.name.startswith("sm_")  # too few rows for the newer instructions
+    wanted = r"mma\.sync\S+\.bf16" if narrow else instruction(target, "bf16")
+    return Variant(f"smooth_quantize down {name}", quantize._down, types, constants, tile.warps, tile.stages, wanted)
 
 
 def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segments=1, **flags) -> Variant:
@@ -116,25 +130,29 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segme
 
 
 def wide_variants(target: Target, dtype, kind, *, rank=32, segments=1, **flags) -> list[Variant]:
-    """The product of kind "row", "group" or "plain", and the expansion before it."""
+    """The product of kind "row", "half" or "plain", and the expansion before it."""
     tile = wide_tile(target, kind)
-    plain = kind == "plain"
-    element = "bf16" if plain else "fp8e4nv"
+    form, element, stored = {"row": ("e4m3", "fp8e4nv", "*u8"), "half": ("half", "fp16", "*fp16"), "plain": ("plain", "bf16", "*bf16")}[kind]
     kernel = wide._w4_matmul_wide
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
-    types |= {"xd": f"tensordesc<{element}[{tile.bm}, {tile.bk}]>", "wd": f"tensordesc<{element}[{tile.bn}, {tile.bk}]>", "up": "*bf16"}
-    types |= dict.fromkeys(("x_scales", "lowrank", "channel_scale", "shift_bias"), "*fp32") | {"scales": "*bf16"}
+    tf32 = kind != "row"
+    block = min(rank & -rank, 32 if tf32 else 16)
+    operands = {"w_from": (element, tile.bn, tile.bk), "x_from": (element, tile.bm, tile.bk)}
+    operands |= {"up": ("bf16", tile.bn, block), "lowrank": ("fp32" if tf32 else "bf16", tile.bm, block)}
+    for argument, (kind_of, rows, cols) in operands.items():
+        types[argument] = f"tensordesc<{kind_of}[{rows}, {cols}]>" if target.copy_engine else f"*{kind_of}"
+    types |= dict.fromkeys(("table", "x_scales", "channel_scale", "shift_bias"), "*fp32") | {"gain": "fp32"}
     switches = {n: bool(flags.get(n)) for n in ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")}
     constants = {
-        "out_col": 1, "residual_col": 1, "KIND": kind, "FOLD": 512.0, "RANK": rank, "RB": min(rank & -rank, 32), "SEGMENTS": segments,
-        "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": 8, "PIECES": 4 if tile.bn > 128 else 2,
+        "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": block, "TF32": tf32, "SEGMENTS": segments,
+        "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": 8, "PIECES": tile.pieces, "COPY_ENGINE": target.copy_engine,
         "EMULATE": False, **switches,
     }  # fmt: skip
     name = f"{kind} {' '.join(flags)}"
-    wanted = instruction(target, "bf16" if plain else "e4m3")
+    wanted = instruction(target, {"row": "e4m3", "half": "fp16", "plain": "bf16"}[kind])
     product = Variant(f"w4_matmul_wide {name}", kernel, types, constants, tile.warps, tile.stages, wanted)
-    types = {"codes": "*u8", "scales": "*u8", "NP": "i32", "KP": "i32", "out": POINTERS[dtype] if plain else "*u8"}
-    constants = {"NVFP4": plain, "BN": expand.ROWS, "S": expand.SLICES, "EMULATE": False}
+    types = {"codes": "*u8", "scales": "*u8" if kind == "plain" else "*bf16", "NP": "i32", "KP": "i32", "out": stored, "table": "*fp32"}
+    constants = {"FORM": form, "PTX": target.name.startswith("sm_"), "GROUPS": 256 if form == "half" else 1, "BN": expand.ROWS, "S": expand.SLICES, "EMULATE": False}
     return [product, Variant(f"expand_weight {name}", expand._expand_weight, types, constants, 4, 3, None)]
 
 
@@ -142,21 +160,25 @@ def linear_variant(target, dtype, rows) -> Variant:
     tile = linear_tile(target, rows)
     types = dict.fromkeys(linear._w4a16_linear.arg_names, "i32") | {"x": POINTERS[dtype], "out": POINTERS[dtype]}
     types |= {"codes": "*u8", "scales": "*bf16", "zeros": "*bf16", "bias": "*fp32"}
-    constants = {"x_col": 1, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "EMULATE": False}
+    constants = {"x_col": 1, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "S": tile.bk // 128, "EMULATE": False}
     return Variant(f"w4a16_linear M={rows}", linear._w4a16_linear, types, constants, tile.warps, tile.stages, None)
 
 
 def elementwise_variants(target: Target, dtype) -> list[Variant]:
-    tile = quantize_tile(target, dtype, 3072, True)
     kernel = norm_modulate._norm_modulate
-    types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32"} | dict.fromkeys(("x", "shift", "scale", "out"), POINTERS[dtype])
-    constants = {"x_col": 1, "EVEN_K": True, "BM": tile.bm, "BK": tile.bk, "EMULATE": False}
-    norm = Variant("norm_modulate", kernel, types, constants, tile.warps, tile.stages, None)
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale", "out"), POINTERS[dtype]) | {"moments": "*fp32"}
+    pairs = statistics.has_pairs(target)
+    constants = {"x_col": 1, "ONE_BATCH": True, "BM": norm_modulate._BM, "BK": norm_modulate._BK, "PTX": pairs, "EMULATE": False}
+    norm = Variant("norm_modulate", kernel, types, constants, 4, 3, None)
+    kernel = statistics._row_moments
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"x": POINTERS[dtype], "out": "*fp32", "eps": "fp32"}
+    width, warps = statistics.row_tile(3072)
+    moments = Variant("row_moments", kernel, types, {"x_col": 1, "BK": width}, warps, 3, None)
     kernel = rope.qk_norm_rope_kernel
     types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32", "qkv": POINTERS[dtype]}
     types |= dict.fromkeys(("query_scale", "key_scale", "pe"), "*fp32")
     constants = {"HEADS": 24, "BLOCK_H": 32, "D": 128, "ROPE": True, "EMULATE": False}
-    return [norm, Variant("qk_norm_rope", kernel, types, constants, 4, 3, None)]
+    return [norm, moments, Variant("qk_norm_rope", kernel, types, constants, 4, 3, None)]
 
 
 def variants(target: Target) -> list[Variant]:
@@ -164,7 +186,7 @@ def variants(target: Target) -> list[Variant]:
     bf16, fp16 = torch.bfloat16, torch.float16
     if not target.has_dot:
         return [
-            quantize_variant("exact, no low rank", target, fp16, "int", 7, False, norm=True, ranks=0),
+            quantize_variant("exact, no low rank", target, fp16, "int", 7, False, norm=True),
             linear_variant(target, fp16, 1),
             linear_variant(target, fp16, 4),
             *elementwise_variants(target, fp16),
@@ -174,17 +196,30 @@ def variants(target: Target) -> list[Variant]:
     endings = {"GATE": True, "ACCUMULATE": True}
     found = [
         quantize_variant("exact, norm", target, bf16, "int", 7, row, norm=True),
-        quantize_variant("exact unsigned, rank 128", target, fp16, "int", 15, row, norm=False, ranks=128, unsigned=True, ragged=True),
-        quantize_variant("nvfp4 exact, norm", target, bf16, "nvfp4", 0, False, norm=True, ranks=64),
-        quantize_variant("fast, norm, rank 2 x 128", target, fp16, "e4m3" if row else "int", 0 if row else 127, row, norm=True, ranks=256),
+        quantize_variant("exact unsigned", target, fp16, "int", 15, row, norm=False, unsigned=True),
+        quantize_variant("nvfp4 exact, norm", target, bf16, "nvfp4", 0, False, norm=True),
         quantize_variant("nvfp4 fast, norm", target, bf16, "plain", 0, False, norm=True),
         quantize_variant("fast, norm", target, bf16, "e4m3" if row else "int", 0 if row else 127, row, norm=True),
+        quantize_variant("fast, norm", target, fp16, "e4m3" if row else "int", 0 if row else 127, row, norm=True),
+        *(
+            [
+                quantize_variant("fast, K 12288", target, bf16, "e4m3", 0, True, norm=False, k=12288),
+                quantize_variant("fast, known maximum", target, bf16, "e4m3", 0, True, norm=False, k=12288, known=True),
+                quantize_variant("exact unsigned wide, K 12288", target, bf16, "half", 15, True, norm=False, k=12288, unsigned=True),
+            ]
+            if row
+            else []
+        ),
+        down_variant("K 12288", target, bf16, norm=False, k=12288),
+        down_variant("norm, rank 2 x 32", target, bf16, norm=True, ranks=64),
+        down_variant("norm, rank 2 x 128, two batches", target, fp16, norm=True, ranks=256, batches=2, pair="*fp16"),
+        down_variant("norm, rank 2 x 128, two batches, fp32", target, torch.float32, norm=True, ranks=256, batches=2, pair="*fp16"),
         matmul_variant("exact", target, bf16, "int4", form, 4608),
         matmul_variant("exact M=1, gelu", target, bf16, "int4", form, 1, GELU=True),
         *(
             [
                 *wide_variants(target, bf16, "row", segments=2, GELU=True),
-                *wide_variants(target, fp16, "group", **endings),
+                *wide_variants(target, fp16, "half", **endings),
             ]
             if row
             else [

@@ -15,6 +15,7 @@ import pytest
 KERNEL_MODULES = (
     "rounding",
     "qk_norm_rope_triton",
+    "row_statistics_triton",
     "norm_modulate_triton",
     "smooth_quantize_triton",
     "w4_matmul_triton",

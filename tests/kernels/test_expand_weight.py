@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tonfa.kernels.expand_weight_torch import expand_weight_torch
@@ -9,18 +11,55 @@ from tonfa.kernels.layout import code_values
 
 from .make_layers import packed_view, random_layer
 
-E4M3 = torch.float8_e4m3fn
+SHAPES = [(128, 128), (200, 192), (256, 1280)]
 
 
-@pytest.mark.parametrize("n, k", [(128, 128), (200, 192), (256, 1280)])
-def test_int4_codes(interpreter, n, k):
+def int4(n: int, k: int, spread: float = 1.0):
+    """A layer whose group scales differ by up to `spread` powers of e, with a row and a group of zero scale; its view; its weight."""
+    torch.manual_seed(n)
+    layer = random_layer("int4", n, k)
+    scales = torch.exp((torch.rand(n, k // 64) - 0.5) * spread).mul(0.01).to(torch.bfloat16)
+    scales[3], scales[5, 1] = 0, 0
+    layer = dataclasses.replace(layer, scales=scales)
+    return packed_view(layer, "e4m3"), code_values(layer.codes, "int4") * scales.float().repeat_interleave(64, 1)
+
+
+def block_scales(ratio: torch.Tensor) -> torch.Tensor:
+    """[Np, Kp]: what a value of each block of 128 is multiplied by in all."""
+    return ratio.double().flip(0).cumprod(0).flip(0).t().repeat_interleave(128, 1)
+
+
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+@pytest.mark.parametrize("n, k", SHAPES)
+def test_e4m3_keeps_the_larger_group_of_a_pair_exact(interpreter, n, k, spread):
     from tonfa.kernels.expand_weight_triton import expand_weight_triton
 
-    layer = random_layer("int4", n, k)
-    view = packed_view(layer, "e4m3")
-    want = expand_weight_torch(view, E4M3)
-    assert torch.equal(want[:n, :k].float() * 512, code_values(layer.codes, "int4")), "-8 too"
-    assert torch.equal(expand_weight_triton(view, E4M3).float(), want.float())
+    view, want = int4(n, k, spread)
+    found, kernel = expand_weight_torch(view, "e4m3"), expand_weight_triton(view, "e4m3")
+    assert torch.equal(kernel.values.float(), found.values.float())
+    assert torch.equal(kernel.ratio, found.ratio)
+    weight = (found.values.double() * block_scales(found.ratio))[:n, :k]
+    assert torch.isfinite(weight).all()
+    groups, wanted = weight.view(n, -1, 64), want.double().view(n, -1, 64)
+    scale = view.scales.t().float()[:n]
+    pairs = scale.view(n, -1, 2)
+    larger = (pairs == pairs.amax(2, keepdim=True)).view(n, -1)[:, : k // 64]
+    torch.testing.assert_close(groups[larger], wanted[larger], rtol=1e-6, atol=0)
+    error = float((weight - want).norm() / want.norm())
+    assert 1e-3 < error < 0.02
+
+
+@pytest.mark.parametrize("spread", [1.0, 16.0])
+@pytest.mark.parametrize("n, k", SHAPES)
+def test_half_is_the_weight_to_eleven_bits(interpreter, n, k, spread):
+    from tonfa.kernels.expand_weight_triton import expand_weight_triton
+
+    view, want = int4(n, k, spread)
+    found, kernel = expand_weight_torch(view, "half"), expand_weight_triton(view, "half")
+    assert torch.equal(kernel.values, found.values) and torch.equal(kernel.scale, found.scale)
+    assert found.values.dtype == torch.float16 and found.values.abs().max() <= 16
+    weight = (found.values.double() * found.scale.double()[:, None])[:n, :k]
+    assert float((weight - want).norm() / want.norm()) < 2**-12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -31,6 +70,6 @@ def test_nvfp4_values_are_exact(interpreter, n, k, dtype):
     layer = random_layer("nvfp4", n, k)
     view = packed_view(layer)
     want = code_values(layer.codes, "nvfp4") * layer.scales.float().repeat_interleave(16, 1)
-    oracle = expand_weight_torch(view, dtype)
+    oracle = expand_weight_torch(view, "plain", dtype).values
     assert torch.equal(oracle[:n, :k].float(), want)
-    assert torch.equal(expand_weight_triton(view, dtype), oracle)
+    assert torch.equal(expand_weight_triton(view, "plain", dtype).values, oracle)

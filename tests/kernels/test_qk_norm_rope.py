@@ -50,6 +50,17 @@ def test_kernel_equals_oracle(interpreter, dtype, batch, pe_batch, heads, dim):
     assert torch.equal(whole[..., 2 * heads * dim :], qkv[..., 2 * heads * dim :])
 
 
+@pytest.mark.parametrize("pe_batch", [1, 2])
+@pytest.mark.parametrize("change", [lambda t: t, lambda t: t.double(), lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2)])
+def test_kernel_takes_any_table_and_scales(interpreter, change, pe_batch):
+    """Tokens cut out of a longer table (as the image's are out of the block's), other types, other strides."""
+    qkv, q, k, pe = inputs(2, 9, 2, 64, torch.float32, pe_batch=pe_batch)
+    qkv, part = qkv[:, 3:8], pe[:, :, 3:8]
+    want = qk_norm_rope_torch(qkv.clone(), q, k, part, 2)
+    got = qk_norm_rope_(qkv.clone(), q.repeat_interleave(2)[::2], k.double(), change(pe)[:, :, 3:8], 2)
+    assert (got - want).norm() / want.norm() < 1e-6
+
+
 def test_a_head_size_that_is_no_power_of_two_takes_the_torch_path():
     qkv, q, k, pe = inputs(1, 3, 2, 48, torch.float32)
     want = formula(qkv, (q, k), pe, 2)

@@ -129,13 +129,75 @@ def test_misfits_are_refused():
         smooth_quantize(torch.zeros(2, 256), view, "quick")
     with pytest.raises(ValueError, match="norm.shift"):
         smooth_quantize(torch.zeros(4, 256), view, "fast", Norm(torch.zeros(1, 256), torch.zeros(2, 256), 2))
+    x, norm = torch.zeros(2, 256), Norm(torch.zeros(1, 256), torch.zeros(1, 256), 2)
+    with pytest.raises(ValueError, match="one of the two"):
+        smooth_quantize(x, view, "fast", norm, torch.zeros(2))
+    with pytest.raises(ValueError, match="row_amax is"):
+        smooth_quantize(x, view, "fast", row_amax=torch.zeros(3))
     with pytest.raises(ValueError, match="w4a16"):
         smooth_quantize(torch.zeros(2, 256), packed_view(random_layer("w4a16", 128, 256)), "exact")
 
 
-def compare(x, view, mode, norm=None):
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_oracle_half(unsigned):
+    """The same numbers as "int4" over a power of two of the row."""
+    torch.manual_seed(0)
+    view = packed_view(random_layer("int4", 128, 256, act_unsigned=unsigned))
+    x = torch.randn(9, 256).to(BF16) * torch.logspace(-30, 30, 9)[:, None].to(BF16)
+    x[4] = 0
+    narrow, wide = smooth_quantize_torch(x, view, "exact"), smooth_quantize_torch(x, view, "exact", wide=True)
+    assert wide.kind == "half" and wide.codes.dtype == FP16 and wide.scales.shape == (9,)
+    codes = values(narrow, "e4m3").view(9, 4, 64) * narrow.scales.t().double()[:, :, None]
+    amax = smoothed(x, view_layer(view, unsigned), SHIFT if unsigned else 0.0).abs().amax(1)
+    u = torch.where(amax > 0, torch.exp2(torch.floor(torch.log2(amax)) - 8), 1.0)
+    assert torch.equal(wide.scales.double(), u)
+    assert torch.equal(wide.codes, (codes.float().view(9, 256) / u.float()[:, None]).to(FP16))
+    assert wide.codes.abs().max() < 600
+
+
+def view_layer(view, unsigned):
+    return random_layer("int4", 128, view.spec.k, act_unsigned=unsigned)
+
+
+@pytest.mark.parametrize("precision, form, mode", [("nvfp4", "e4m3", "exact"), ("int4", "int8", "exact"), ("int4", "e4m3", "fast")])
+def test_wide_changes_nothing_else(interpreter, precision, form, mode):
+    view = packed_view(random_layer(precision, 128, 256), form)
+    x = torch.randn(3, 256).to(BF16)
+    a, b = smooth_quantize(x, view, mode), smooth_quantize(x, view, mode, wide=True)
+    assert a.kind == b.kind and torch.equal(a.codes, b.codes)
+
+
+@pytest.mark.parametrize("options", [{"mode": "fast"}, {"mode": "exact", "wide": True}])
+@pytest.mark.parametrize("k", [256, 448])
+def test_known_row_maximum_is_taken(interpreter, options, k):
+    """With the true maximum nothing changes; with eight times that, kernel and oracle both scale by it."""
+    torch.manual_seed(7)
+    view = packed_view(random_layer("int4", 128, k))
+    x = torch.randn(5, k).to(BF16)
+    amax = smoothed(x, random_layer("int4", 128, k)).abs().amax(1).float()
+    found, given = smooth_quantize(x, view, **options), smooth_quantize(x, view, row_amax=amax, **options)
+    assert torch.equal(found.codes, given.codes) and torch.equal(found.scales, given.scales)
+    got, want = smooth_quantize(x, view, row_amax=8 * amax, **options), smooth_quantize_torch(x, view, row_amax=8 * amax, **options)
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.scales, want.scales)
+    assert torch.equal(got.scales, 8 * found.scales)
+
+
+@pytest.mark.parametrize(
+    "form, mode, wide", [("e4m3", "fast", False), ("e4m3", "exact", False), ("int8", "fast", False), ("e4m3", "exact", True)]
+)
+def test_fused_norm_has_the_bits_of_the_plain_one(interpreter, form, mode, wide):
+    torch.manual_seed(8)
+    view = packed_view(random_layer("int4", 128, 320), form)
+    x = torch.randn(10, 320).to(BF16)
+    norm = Norm(torch.randn(2, 320).to(BF16), torch.randn(2, 320).to(BF16), 5)
+    fused, plain = smooth_quantize(x, view, mode, norm, wide=wide), smooth_quantize(norm_modulate(x, norm), view, mode, wide=wide)
+    for a, b in ((fused.codes, plain.codes), (fused.scales, plain.scales), (fused.lowrank, plain.lowrank)):
+        assert torch.equal(a, b)
+
+
+def compare(x, view, mode, norm=None, wide=False):
     """Kernel against oracle on the same input. Codes may differ only where fp32 noise of the norm tipped a rounding."""
-    got, want = smooth_quantize(x, view, mode, norm), smooth_quantize_torch(x, view, mode, norm)
+    got, want = smooth_quantize(x, view, mode, norm, wide=wide), smooth_quantize_torch(x, view, mode, norm, wide=wide)
     assert (got.kind, got.codes.dtype, got.codes.shape, got.dtype) == (want.kind, want.codes.dtype, want.codes.shape, want.dtype)
     if norm is None:
         assert torch.equal(values(got, view.spec.code_form), values(want, view.spec.code_form))
@@ -162,6 +224,19 @@ def test_kernel_equals_oracle(interpreter, kind, mode, dtype):
     compare(x, view, mode)
     norm = Norm(torch.randn(2, 192).to(dtype), torch.randn(2, 192).to(dtype), rows_per_batch=9)
     compare(x, view, mode, norm)
+    if mode == "exact" and form == "e4m3":
+        compare(x, view, mode, wide=True)
+        compare(x, view, mode, norm, wide=True)
+
+
+@pytest.mark.parametrize("k", [128, 640, 1536, 2112])
+@pytest.mark.parametrize("mode, wide", [("fast", False), ("exact", False), ("exact", True)])
+def test_kernel_any_k(interpreter, mode, wide, k):
+    """Rows held whole in one piece and in two, tiles that end inside K, K that is no multiple of a tile."""
+    torch.manual_seed(6)
+    view = packed_view(random_layer("int4", 128, k, 16, act_unsigned=True))
+    compare(torch.randn(3, k).to(BF16), view, mode, wide=wide)
+    compare(torch.randn(3, k).to(BF16), view, mode, Norm(torch.randn(1, k), torch.randn(1, k), 3), wide=wide)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])

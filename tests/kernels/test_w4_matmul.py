@@ -95,7 +95,10 @@ def test_oracle_is_the_formula(kind, mode):
     x = torch.randn(6, 256)
     q = smooth_quantize_torch(x, view, mode)
     quantised = dequantized_input(q, view.spec.code_form).double()
-    want = quantised @ dense_weight4(layer).double().t() + layer.bias.double()
+    weight = dense_weight4(layer).double()
+    if q.kind == "e4m3":  # rounded once more: test_expand_weight.py holds by how much
+        weight = dequantized_weight(view, "e4m3")[:, : layer.k].double()
+    want = quantised @ weight.t() + layer.bias.double()
     if unsigned and mode == "fast":
         want += SHIFT * (dense_weight4(layer).double() / layer.smooth.double()).sum(1)
     for n0, n1, i in ((0, 128, 0), (128, 384, 1)):

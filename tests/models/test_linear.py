@@ -1,12 +1,14 @@
 """PackedLinear: every way of calling it against the dense linear it stands for, and against its own parts."""
 
+import contextlib
+import copy
 import dataclasses
 
 import pytest
 import torch
 from tonfa.kernels import layout
 from tonfa.kernels.norm_modulate import Norm
-from tonfa.models.linear import Ending, PackedLinear, PlainLinear
+from tonfa.models.linear import Ending, PackedLinear, PlainLinear, spec_of
 from tonfa.models.runtime import Runtime
 from torch.nn import functional as F
 
@@ -170,3 +172,76 @@ def test_plain_linear_has_the_same_calling_form():
     want = torch.cat((want[..., :16], F.gelu(want[..., 16:], approximate="tanh")), -1)
     assert relative(got, want) < 1e-5
     assert relative(m.run([x[..., :10], x[..., 10:]], "fast"), F.linear(x, m.weight, m.bias)) < 1e-6
+
+
+def other_weight(m, seed=7):
+    """Another blob of the module's own layout."""
+    return layout.pack(m.spec, [layer(m.out_features, m.in_features, seed=seed)])
+
+
+def test_views_are_made_once_for_a_weight_that_stays():
+    m, _, _ = single()
+    x = torch.randn(3, 128)
+    m(x, "fast")
+    kept = m._views
+    m(x, "fast")
+    assert m._views is kept and kept[1][0].codes.untyped_storage().data_ptr() == m.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("how", ["data", "parameter", "in place", "move"])
+def test_a_weight_that_changes_is_seen(how):
+    m, _, _ = single()
+    x = torch.randn(3, 128)
+    m(x, "fast")
+    other = other_weight(m)
+    want = module([(layer(256, 128, seed=7), 0, 0)], 256, 128, m.bias)(x, "fast")
+    if how == "data":
+        m.weight.data = other
+    elif how == "parameter":
+        m.weight = torch.nn.Parameter(other, requires_grad=False)
+    elif how == "in place":
+        m.weight.copy_(other)
+    else:
+        m._apply(lambda t: other.clone() if t.dtype == torch.uint8 else t.clone())
+    assert torch.equal(m(x, "fast"), want)
+
+
+def test_nothing_holds_on_to_a_weight_that_was_moved():
+    m, _, _ = single()
+    m(torch.randn(3, 128), "fast")
+    assert m._views is not None
+    m.to("meta")
+    assert m._views is None
+
+
+def test_a_copy_has_its_own_views():
+    m, _, _ = single()
+    x = torch.randn(3, 128)
+    want = m(x, "fast")
+    twin = copy.deepcopy(m)
+    assert twin._views is None
+    m.weight.zero_()
+    assert torch.equal(twin(x, "fast"), want)
+
+
+def test_streamed_weights_share_a_buffer_without_mixing():
+    """A host that brings every weight through one buffer: what lies in it now counts."""
+    a, b = single(seed=1)[0], single(seed=2)[0]
+    x = torch.randn(3, 128)
+    want = [m(x, "fast") for m in (a, b)]
+    buffer = torch.empty_like(a.weight.data)
+
+    @contextlib.contextmanager
+    def acquire(m, device):
+        buffer.copy_(m.weight)
+        yield buffer, m.bias
+
+    for m in (a, b):
+        m.runtime = dataclasses.replace(m.runtime, acquire=acquire)
+    assert all(torch.equal(m(x, "fast"), w) for m, w in [(a, want[0]), (b, want[1]), (a, want[0])])
+
+
+def test_equal_layouts_have_one_handle():
+    a, b, c = single(seed=1)[0], single(seed=2)[0], single(n=128)[0]
+    assert a.handle == b.handle != c.handle
+    assert spec_of(a.handle) == a.spec and spec_of(c.handle) == c.spec

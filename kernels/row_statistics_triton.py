@@ -1,0 +1,176 @@
+"""What the kernels on a quantised linear's input share to the last bit: mean and 1/std of a row, modulation, division by smooth.
+
+    mean = sum(x) / K
+    rstd = 1 / sqrt(sum((x - mean)^2) / K + eps)
+    m    = (x - mean) * rstd * (1 + scale) + shift, rounded to x's type
+    v    = (m [+ SHIFT]) / smooth
+
+Mean and 1/std come from one kernel, because a sum's bits depend on how its terms lie over the threads, and the fused and the plain path
+of a block must have the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import SHIFT
+from .norm_modulate import Norm
+from .rounding import rounded
+from .targets import Target, launch_device
+
+_SHIFT = tl.constexpr(SHIFT)
+
+
+@triton.jit
+def inverse_of(b, PTX: tl.constexpr):
+    """About 1 / b, for `divided`."""
+    if PTX:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        first = 1.0 / b
+        y = tl.fma(tl.fma(-b, first, 1.0), first, first)
+    return y
+
+
+@triton.jit
+def divided(a, b, inverse, PTX: tl.constexpr, EMULATE: tl.constexpr):
+    """a / b with inverse = inverse_of(b): a product and its correction in place of a division (Markstein, 1990).
+
+    The error before the one rounding is below 2^-44: to nearest for operands of 16-bit types, whose quotients stay further from every tie.
+    """
+    if EMULATE:  # the interpreter's fma rounds twice
+        y = tl.div_rn(a, tl.broadcast_to(b, a.shape))
+    elif PTX:  # as below, but Triton's minus is a subtraction, which PTX gets for nothing
+        asm: tl.constexpr = """{
+        .reg .f32 first, minus, rest;
+        mul.rn.f32 first, $1, $3;
+        neg.f32 minus, first;
+        fma.rn.f32 rest, minus, $2, $1;
+        fma.rn.f32 $0, rest, $3, first;
+        }"""
+        y = tl.inline_asm_elementwise(asm, "=f,f,f,f", [a, b, inverse], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        first = a * inverse
+        y = tl.fma(tl.fma(first, -b, a), inverse, first)
+    return y
+
+
+@triton.jit
+def safe_scale(scale):
+    """A scale to divide by: 1 for 0, and nothing whose reciprocal overflows."""
+    return tl.where(scale > 0.0, tl.maximum(scale, 1e-30), 1.0)
+
+
+@triton.jit
+def rounded_pairs(x, DTYPE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr):
+    """`rounded`, two numbers an instruction: LLVM converts them one by one, on a unit with an eighth of the rate.
+
+    Not pure, so that a dot's operand is converted to its layout behind the rounding; computed in that layout, each warp would do all of it.
+    """
+    if PTX and tl.bfloat16 == DTYPE:
+        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        y = tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2).to(tl.float32)
+    elif PTX and tl.float16 == DTYPE:
+        asm: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        y = tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.float16, is_pure=False, pack=2).to(tl.float32)
+    else:
+        y = rounded(x, DTYPE, EMULATE)
+    return y
+
+
+@triton.jit
+def load_rows(x, rows, cols, M, K, x_row, x_col):
+    """x in its own type, zeros outside."""
+    at = rows.to(tl.int64)[:, None] * x_row + cols[None, :] * x_col
+    return tl.load(x + at, mask=(rows < M)[:, None] & (cols < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _modulation(values, rows, cols, M, K, row_stride, rows_per_batch, outside, ONE_BATCH: tl.constexpr):
+    """fp32 [1, BK] or [BM, BK] of shift or scale."""
+    if ONE_BATCH:
+        batch = tl.min(rows, axis=0) // rows_per_batch
+        at = batch.to(tl.int64) * row_stride + cols[None, :]
+        mask = (cols < K)[None, :]
+    else:
+        at = (rows // rows_per_batch).to(tl.int64)[:, None] * row_stride + cols[None, :]
+        mask = (cols < K)[None, :] & (rows < M)[:, None]
+    return tl.load(values + at, mask=mask, other=outside).to(tl.float32)
+
+
+@triton.jit
+def modulated(
+    x, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch,
+    ONE_BATCH: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """m of a tile of x, fp32 that holds numbers of x's type. The fma is explicit: every kernel must contract alike."""
+    factor = 1.0 + _modulation(scale, rows, cols, M, K, scale_row, rows_per_batch, -1.0, ONE_BATCH)  # 0 times whatever, behind K
+    offset = _modulation(shift, rows, cols, M, K, shift_row, rows_per_batch, 0.0, ONE_BATCH)
+    normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+    m = tl.fma(normed, tl.broadcast_to(factor, normed.shape), tl.broadcast_to(offset, normed.shape))
+    if tl.float16 == x.dtype:  # saturates: an infinity would spoil the scale of its whole group
+        m = tl.minimum(tl.maximum(m, -65504.0), 65504.0)
+    return rounded_pairs(m, x.dtype, PTX, EMULATE)
+
+
+@triton.jit
+def smoothed(m, smooth, cols, K, DTYPE: tl.constexpr, UNSIGNED: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr):
+    """v rounded to the compute type (what fp16 cannot hold stays as it is: it becomes a code and a scale, which can)."""
+    divisor = tl.load(smooth + cols[None, :], mask=(cols < K)[None, :], other=1.0)  # two axes: one row then has x's layout
+    v = divided(m + _SHIFT if UNSIGNED else m, divisor, inverse_of(divisor, PTX), PTX, EMULATE)
+    if UNSIGNED:
+        v = tl.where((cols < K)[None, :], v, 0.0)
+    y = rounded_pairs(v, DTYPE, PTX, EMULATE)
+    if tl.float16 == DTYPE:
+        y = tl.where(tl.abs(v) > 65504.0, v, y)
+    return y
+
+
+def has_pairs(target: Target) -> bool:
+    """True where the kernels may use their PTX: sm_80 and newer."""
+    return target.has_dot and target.name.startswith("sm_")
+
+
+def row_tile(k: int) -> tuple[int, int]:
+    """(BK, warps) of a program that holds one whole row: 32 numbers a thread."""
+    width = max(triton.next_power_of_2(k), 512)
+    return width, min(max(width // 1024, 1), 16)
+
+
+def one_batch(rows: int, rows_per_batch: int, block: int) -> bool:
+    """True when every block of rows lies inside one batch."""
+    return rows_per_batch >= rows or rows_per_batch % block == 0
+
+
+def norm_arguments(norm: Norm | None, unused: Tensor, rows: int) -> tuple[Tensor, Tensor, int, int, int]:
+    """(shift, scale, their row strides, rows per batch) as the kernels take them; `unused` stands in where there is no norm."""
+    if norm is None:
+        return unused, unused, 1, 1, 1
+    shift, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (norm.shift, norm.scale))
+    return shift, scale, shift.stride(0), scale.stride(0), min(norm.rows_per_batch, rows)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _row_moments(x, out, M, K, x_row, x_col, eps, BK: tl.constexpr):
+    """One row a program, in registers: the mean is taken off before anything is squared."""
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    cols = tl.arange(0, BK)
+    v = load_rows(x, rows, cols, M, K, x_row, x_col).to(tl.float32)
+    mean = tl.sum(v, axis=1) / K
+    centred = tl.where((cols < K)[None, :], v - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / K
+    tl.store(out + rows, mean)
+    tl.store(out + M + rows, tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps)))
+
+
+def row_moments_triton(x: Tensor, eps: float) -> Tensor:
+    """fp32 [2, M]: mean and rstd of every row of x [M, K], M > 0."""
+    rows, k = x.shape
+    out = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    width, warps = row_tile(k)
+    with launch_device(x.device):
+        _row_moments[(rows,)](x, out, rows, k, x.stride(0), x.stride(1), eps, BK=width, num_warps=warps)
+    return out
