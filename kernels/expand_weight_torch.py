@@ -1,13 +1,13 @@
 """Oracle of expand_weight: a part's packed 4-bit weight as one operand that matrix instructions take, in plain torch.
 
-form     values [Np, Kp]                                  what gives the weight back
-"e4m3"   e4m3(32 * code * (s / e)), int4 parts            ratio fp32 [Kp/128, Np]: w = values * product of ratio[p:] over p = k // 128 and on
-"half"   fp16(code * s / u), int4 parts                   scale fp32 [Np] = u: w = values * u
-"plain"  code * s in `dtype`, nvfp4 parts (exact)         nothing
+form     values [Np, Kp]                            what gives the weight back
+"e4m3"   e4m3(32 * code * (s / e)), int4 parts      ratio fp32 [Kp/128, Np]: w = values * product of ratio[k // 128] to the last
+"half"   fp16(code * s / u), int4 parts             scale fp32 [Np] = u: w = values * u
+"plain"  code * s in `dtype`, nvfp4 parts (exact)   nothing
 
-s: the group's scale. e: the larger scale of two neighbouring groups (128 of K), 1 where both are 0. An e4m3 number has four significant bits: codes
-of the group with the larger scale are exact in it, the others rounded (1.6 % of a weight on average, 2.6 % if both were). The product
-multiplies its running sum by ratio[p] = e[p] / e[p + 1] behind block p, by e / 32 behind the last.
+s: the group's scale. e: the larger scale of two neighbouring groups (128 of K), 1 where both are 0. An e4m3 number has four significant
+bits: codes of the group with the larger scale are exact in it, the others rounded (1.6 % of a weight on average, 2.6 % if both were). The
+product multiplies its running sum by ratio[p] = e[p] / e[p + 1] behind block p, by e / 32 behind the last.
 u: the power of two in the row's largest scale, 1 for a row of zeros.
 """
 

@@ -14,7 +14,7 @@ from .expand_weight_torch import ExpandedWeight
 from .layout import PartView
 from .rounding import e4m3_byte, storable
 from .targets import interpreting, launch_device, target_for
-from .w4_matmul_triton import _e4m3_weights
+from .w4_matmul_triton import e4m3_weights
 
 ROWS, SLICES = 8, 8  # a program expands 8 outputs x 8 slices of 128 inputs
 
@@ -55,7 +55,8 @@ def _unit(scales, n, NP, KP, GROUPS: tl.constexpr):
 
 @triton.jit
 def _expand_weight(
-    codes, scales, out, table, NP, KP, FORM: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr
+    codes, scales, out, table, NP, KP,
+    FORM: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     s = tl.program_id(1) * S + tl.arange(0, S)
@@ -73,14 +74,13 @@ def _expand_weight(
             tl.store(out + at + half * 64, storable(value, out.dtype.element_ty, EMULATE), mask=live)
     else:
         first, second, largest = _pair(scales, n[:, None], s[None, :], NP, KP)
-        low = _e4m3_weights(packed, 0, PTX).to(tl.float32)  # code * 2^-9
-        high = _e4m3_weights(packed, 1, PTX).to(tl.float32)
+        low = e4m3_weights(packed, 0, PTX).to(tl.float32)  # code * 2^-9
+        high = e4m3_weights(packed, 1, PTX).to(tl.float32)
         if FORM == "half":
             unit = _unit(scales, n, NP, KP, GROUPS)
-            tl.store(out + at, (low * (tl.div_rn(first, tl.broadcast_to(unit[:, None], first.shape)) * 512.0)[:, :, None]).to(tl.float16), mask=live)
-            tl.store(
-                out + at + 64, (high * (tl.div_rn(second, tl.broadcast_to(unit[:, None], first.shape)) * 512.0)[:, :, None]).to(tl.float16), mask=live
-            )
+            units = tl.broadcast_to(unit[:, None], first.shape)
+            tl.store(out + at, (low * (tl.div_rn(first, units) * 512.0)[:, :, None]).to(tl.float16), mask=live)
+            tl.store(out + at + 64, (high * (tl.div_rn(second, units) * 512.0)[:, :, None]).to(tl.float16), mask=live)
             tl.store(table + n, unit, mask=(n >= 0) & (tl.program_id(1) == 0))
         else:
             tl.store(out + at, e4m3_byte(low * (tl.div_rn(first, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
@@ -105,6 +105,7 @@ def expand_weight_triton(part: PartView, form: str, dtype: torch.dtype | None = 
             part.codes,
             part.scales.view(torch.uint8) if form == "plain" else part.scales,  # Triton has no e4m3 type below sm_89
             values.view(torch.uint8) if form == "e4m3" else values, values if table is None else table, rows, cols,
-            FORM=form, GROUPS=triton.next_power_of_2(cols // 64) if form == "half" else 1, BN=ROWS, S=SLICES, PTX=target_for(device).name.startswith("sm_"), EMULATE=interpreting(), num_warps=4,
+            FORM=form, GROUPS=triton.next_power_of_2(cols // 64) if form == "half" else 1, BN=ROWS, S=SLICES,
+            PTX=target_for(device).name.startswith("sm_"), EMULATE=interpreting(), num_warps=4,
         )  # fmt: skip
     return ExpandedWeight(values, ratio=table if form == "e4m3" else None, scale=table if form == "half" else None)

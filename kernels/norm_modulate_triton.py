@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .norm_modulate import Norm
-from .rounding import storable
-from .row_statistics_triton import has_pairs, load_rows, modulated, norm_arguments, one_batch, row_moments_triton
+from .rounding import has_pairs, storable
+from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_moments_triton
 from .targets import interpreting, launch_device, target_for
 
 _BM, _BK = 4, 1024

@@ -1,4 +1,4 @@
-"""Rounding inside Triton kernels, right on the hardware and in the interpreter.
+"""Rounding and division inside Triton kernels, right on the hardware and in the interpreter.
 
 The interpreter truncates fp32 -> bf16, converts fp32 -> e4m3 wrongly and computes bf16 arithmetic wrongly (Triton 3.6 to 3.9). So with
 EMULATE (a constexpr, true under TRITON_INTERPRET) bf16 is rounded and e4m3 encoded with integers, and matrix operands are raised to fp32.
@@ -9,6 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .targets import Target
+
+# `divided`: Triton's minus is a subtraction, PTX negates for nothing.
+_DIVIDED = tl.constexpr("""{
+    .reg .f32 first, minus, rest;
+    mul.rn.f32 first, $1, $3;
+    neg.f32 minus, first;
+    fma.rn.f32 rest, minus, $2, $1;
+    fma.rn.f32 $0, rest, $3, first;
+}""")
+
 
 @triton.jit
 def rne(x):
@@ -17,21 +28,36 @@ def rne(x):
 
 
 @triton.jit
-def reciprocal(b):
-    """1 / b to nearest; b nearer to 0 than 1e-30 counts as 1e-30, so that it stays finite."""
-    held = tl.where(tl.abs(b) < 1e-30, 1e-30, b)
-    return tl.div_rn(tl.full(held.shape, 1.0, tl.float32), held)
+def inverse_of(b, PTX: tl.constexpr):
+    """About 1 / b, for `divided`."""
+    if PTX:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        first = 1.0 / b
+        y = tl.fma(tl.fma(-b, first, 1.0), first, first)
+    return y
 
 
 @triton.jit
-def quotient(a, b, inverse, EMULATE: tl.constexpr):
-    """a / b to nearest, with inverse = 1 / b to nearest: a product and its correction in place of a division (Markstein, 1990)."""
+def divided(a, b, inverse, PTX: tl.constexpr, EMULATE: tl.constexpr):
+    """a / b with inverse = inverse_of(b): a product and its correction in place of a division (Markstein, 1990).
+
+    The error before the one rounding is below 2^-44: to nearest for operands of 16-bit types, whose quotients stay further from every tie.
+    """
     if EMULATE:  # the interpreter's fma rounds twice
         y = tl.div_rn(a, tl.broadcast_to(b, a.shape))
+    elif PTX:
+        y = tl.inline_asm_elementwise(_DIVIDED, "=f,f,f,f", [a, b, inverse], dtype=tl.float32, is_pure=True, pack=1)
     else:
         first = a * inverse
-        y = tl.fma(tl.fma(-first, b, a), inverse, first)
+        y = tl.fma(tl.fma(first, -b, a), inverse, first)
     return y
+
+
+@triton.jit
+def safe_scale(scale):
+    """A scale to divide by: 1 for 0, and nothing whose reciprocal overflows."""
+    return tl.where(scale > 0.0, tl.maximum(scale, 1e-30), 1.0)
 
 
 @triton.jit
@@ -51,19 +77,19 @@ def rounded(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def rounded_finite(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
-    """As `rounded`, but fp16 saturates: an infinity would spoil the scale of its whole group."""
-    if tl.float16 == DTYPE:
-        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
-    return rounded(x, DTYPE, EMULATE)
+def rounded_pairs(x, DTYPE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr):
+    """`rounded`, two numbers an instruction: LLVM converts them one by one, on a unit with an eighth of the rate.
 
-
-@triton.jit
-def rounded_or_kept(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
-    """As `rounded`, but what fp16 cannot hold stays as it is: it becomes a code and a scale, which can."""
-    y = rounded(x, DTYPE, EMULATE)
-    if tl.float16 == DTYPE:
-        y = tl.where(tl.abs(x) > 65504.0, x, y)
+    Not pure, so that a dot's operand is converted to its layout behind the rounding; computed in that layout, each warp would do all of it.
+    """
+    if PTX and tl.bfloat16 == DTYPE:
+        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        y = tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2).to(tl.float32)
+    elif PTX and tl.float16 == DTYPE:
+        asm: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        y = tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.float16, is_pure=False, pack=2).to(tl.float32)
+    else:
+        y = rounded(x, DTYPE, EMULATE)
     return y
 
 
@@ -127,3 +153,8 @@ def dot_split(a, b, acc, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, EMULATE: 
         b_lo = rounded(b - b_hi, tl.bfloat16, EMULATE)
         acc = tl.dot(operand(a_hi, tl.bfloat16, EMULATE), operand(b_lo, tl.bfloat16, EMULATE), acc, input_precision="ieee")
     return acc
+
+
+def has_pairs(target: Target) -> bool:
+    """PTX of `inverse_of`, `divided` and `rounded_pairs`: sm_80 and newer."""
+    return target.has_dot and target.name.startswith("sm_")

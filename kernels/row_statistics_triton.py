@@ -18,67 +18,10 @@ from torch import Tensor
 
 from .layout import SHIFT
 from .norm_modulate import Norm
-from .rounding import rounded
-from .targets import Target, launch_device
+from .rounding import divided, inverse_of, rounded_pairs
+from .targets import launch_device
 
 _SHIFT = tl.constexpr(SHIFT)
-
-
-@triton.jit
-def inverse_of(b, PTX: tl.constexpr):
-    """About 1 / b, for `divided`."""
-    if PTX:
-        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        first = 1.0 / b
-        y = tl.fma(tl.fma(-b, first, 1.0), first, first)
-    return y
-
-
-@triton.jit
-def divided(a, b, inverse, PTX: tl.constexpr, EMULATE: tl.constexpr):
-    """a / b with inverse = inverse_of(b): a product and its correction in place of a division (Markstein, 1990).
-
-    The error before the one rounding is below 2^-44: to nearest for operands of 16-bit types, whose quotients stay further from every tie.
-    """
-    if EMULATE:  # the interpreter's fma rounds twice
-        y = tl.div_rn(a, tl.broadcast_to(b, a.shape))
-    elif PTX:  # as below, but Triton's minus is a subtraction, which PTX gets for nothing
-        asm: tl.constexpr = """{
-        .reg .f32 first, minus, rest;
-        mul.rn.f32 first, $1, $3;
-        neg.f32 minus, first;
-        fma.rn.f32 rest, minus, $2, $1;
-        fma.rn.f32 $0, rest, $3, first;
-        }"""
-        y = tl.inline_asm_elementwise(asm, "=f,f,f,f", [a, b, inverse], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        first = a * inverse
-        y = tl.fma(tl.fma(first, -b, a), inverse, first)
-    return y
-
-
-@triton.jit
-def safe_scale(scale):
-    """A scale to divide by: 1 for 0, and nothing whose reciprocal overflows."""
-    return tl.where(scale > 0.0, tl.maximum(scale, 1e-30), 1.0)
-
-
-@triton.jit
-def rounded_pairs(x, DTYPE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr):
-    """`rounded`, two numbers an instruction: LLVM converts them one by one, on a unit with an eighth of the rate.
-
-    Not pure, so that a dot's operand is converted to its layout behind the rounding; computed in that layout, each warp would do all of it.
-    """
-    if PTX and tl.bfloat16 == DTYPE:
-        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        y = tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2).to(tl.float32)
-    elif PTX and tl.float16 == DTYPE:
-        asm: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
-        y = tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.float16, is_pure=False, pack=2).to(tl.float32)
-    else:
-        y = rounded(x, DTYPE, EMULATE)
-    return y
 
 
 @triton.jit
@@ -127,11 +70,6 @@ def smoothed(m, smooth, cols, K, DTYPE: tl.constexpr, UNSIGNED: tl.constexpr, PT
     if tl.float16 == DTYPE:
         y = tl.where(tl.abs(v) > 65504.0, v, y)
     return y
-
-
-def has_pairs(target: Target) -> bool:
-    """True where the kernels may use their PTX: sm_80 and newer."""
-    return target.has_dot and target.name.startswith("sm_")
 
 
 def row_tile(k: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Oracle of smooth_quantize: what a quantised linear does to its input, in plain torch.
 
     m = LN(x)*(1+scale)+shift  (with a norm)          rounded to the compute type (x.dtype)
-    h = m @ down                                      fp32: the low-rank branch sees m, not divided, not shifted, not quantised
+    h = m @ down                                      summed in fp32: the low-rank branch sees m, not divided, not shifted, not quantised;
+                                                      kept in fp32, beside e4m3 codes rounded to bf16 where x and down are
     v = (m [+ SHIFT]) / smooth                        true division, rounded to the compute type (what fp16 cannot hold is left in fp32);
                                                       SHIFT for unsigned layers in exact only
     codes, scales of v by precision and mode:
@@ -76,6 +77,12 @@ def kind_of(part: PartView, mode: str, wide: bool) -> str:
     return spec.code_form
 
 
+def lowrank_dtype(x: Tensor, part: PartView, kind: str) -> torch.dtype:
+    """Type of the low-rank activation: bf16 beside e4m3 codes where up is bf16 too, so that the product multiplies both as they are."""
+    narrow = kind == "e4m3" and x.dtype == part.down.dtype == torch.bfloat16
+    return torch.bfloat16 if narrow else torch.float32
+
+
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of "plain" codes: bf16 for fp16 too, because x / smooth can leave fp16's range."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
@@ -139,7 +146,9 @@ def smooth_quantize_torch(
     spec, dtype, kind = part.spec, x.dtype, kind_of(part, mode, wide)
     shifted = spec.act_unsigned and mode == "exact"
     m, v = smoothed_torch(x, part, shifted, norm)
-    lowrank = None if part.down is None else m.float() @ part.down[: spec.k].float()
+    lowrank = None
+    if part.down is not None:
+        lowrank = (m.float() @ part.down[: spec.k].float()).to(lowrank_dtype(x, part, kind))
     row_amax = v.abs().amax(dim=1) if row_amax is None else row_amax
     if spec.k != spec.k_padded:
         v = F.pad(v, (0, spec.k_padded - spec.k))

@@ -1,9 +1,12 @@
 """Triton kernels of smooth_quantize; every formula and output layout is stated in smooth_quantize_torch.py.
 
-_quantize makes codes and scales. Where a row's maximum has to be found a program holds one row in registers, otherwise a piece of one.
-_down multiplies with the low-rank branch's down on matrix units, row blocks from the last to the first, which finds what was read last
-still in L2. It cuts K into pieces; their products are added afterwards, in a fixed order. One kernel for both holds too few warps to hide
-the latency of its loads.
+Up to four launches:
+_row_moments  with a norm only: mean and 1/std of every row (row_statistics_triton.py).
+_quantize     codes and scales. Where a row's maximum has to be found a program holds one row in registers, otherwise a piece of one.
+_down         the low-rank branch's product with down on matrix units, row blocks from the last to the first, which finds what was read last
+              still in L2. Few row blocks leave multiprocessors idle, so K is cut into pieces then.
+_add_pieces   adds the pieces' products, in a fixed order.
+_quantize and _down in one kernel would hold too few warps to hide the latency of their loads.
 """
 
 from __future__ import annotations
@@ -15,21 +18,9 @@ from torch import Tensor
 
 from .layout import PartView
 from .norm_modulate import Norm
-from .rounding import dot_split, e4m3_byte, e4m3_value, rne, storable
-from .row_statistics_triton import (
-    divided,
-    has_pairs,
-    inverse_of,
-    load_rows,
-    modulated,
-    norm_arguments,
-    one_batch,
-    row_moments_triton,
-    row_tile,
-    safe_scale,
-    smoothed,
-)
-from .smooth_quantize_torch import QuantizedInput, kind_of, plain_dtype
+from .rounding import divided, dot_split, e4m3_byte, e4m3_value, has_pairs, inverse_of, rne, safe_scale, storable
+from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_moments_triton, row_tile, smoothed
+from .smooth_quantize_torch import QuantizedInput, kind_of, lowrank_dtype, plain_dtype
 from .targets import interpreting, launch_device, target_for
 from .tiles import down_tile
 
@@ -197,7 +188,17 @@ def _down(
         d = tl.load(down + cols[:, None] * RANKS + ranks[None, :], mask=(ranks < RANKS)[None, :], other=0.0).to(tl.float32)
         h = dot_split(m.to(tl.float32), d, h, tl.bfloat16 != x.dtype.element_ty, tl.bfloat16 != down.dtype.element_ty, EMULATE)
     at = (piece * M + rows).to(tl.int64)[:, None] * RANKS + ranks[None, :]
-    tl.store(products + at, h, mask=(rows < M)[:, None] & (ranks < RANKS)[None, :])
+    tl.store(products + at, storable(h, products.dtype.element_ty, EMULATE), mask=(rows < M)[:, None] & (ranks < RANKS)[None, :])
+
+
+@triton.jit(do_not_specialize=["total"])
+def _add_pieces(products, out, total, PIECES: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr):
+    """out = sum of the pieces' products, in their order; `total` numbers each."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.zeros((BLOCK,), tl.float32)
+    for piece in tl.static_range(PIECES):
+        h += tl.load(products + piece * total + at, mask=at < total, other=0.0)
+    tl.store(out + at, storable(h, out.dtype.element_ty, EMULATE), mask=at < total)
 
 
 def rank_block(ranks: int, dtype: torch.dtype) -> int:
@@ -243,7 +244,7 @@ def smooth_quantize_triton(
     (rows, k), kp, device = x.shape, part.spec.k_padded, x.device
     ranks = 0 if part.down is None else part.down.shape[1]
     if rows == 0:
-        q.lowrank = torch.empty(0, ranks, device=device) if ranks else None
+        q.lowrank = torch.empty(0, ranks, dtype=lowrank_dtype(x, part, kind), device=device) if ranks else None
         return q
     finds_amax = kind in ("e4m3", "half") and row_amax is None
     width, rest, warps = quantize_tile(kp, finds_amax)
@@ -262,12 +263,18 @@ def smooth_quantize_triton(
         if ranks == 0:
             return q
         tile, columns = down_tile(target, x.dtype, rows, kp), rank_block(ranks, x.dtype)
-        products = torch.empty(tile.pieces, rows, ranks, dtype=torch.float32, device=device)
+        q.lowrank = torch.empty(rows, ranks, dtype=lowrank_dtype(x, part, kind), device=device)
+        products = q.lowrank
+        if tile.pieces > 1:
+            products = torch.empty(tile.pieces, rows, ranks, dtype=torch.float32, device=device)
         _down[(triton.cdiv(rows, tile.bm), tile.pieces, triton.cdiv(ranks, columns))](
             x, part.down, shift, scale, moments, products, rows, k, ranks, x.stride(0), x.stride(1), shift_row, scale_row,
             rows_per_batch, triton.cdiv(kp // tile.bk, tile.pieces),
             NORM=norm is not None, ONE_BATCH=one_batch(rows, rows_per_batch, tile.bm), RB=columns,
             BM=tile.bm, BK=tile.bk, PTX=pairs, EMULATE=emulate, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    q.lowrank = products[0] if tile.pieces == 1 else products.sum(0)
+        if tile.pieces > 1:
+            _add_pieces[(triton.cdiv(rows * ranks, 1024),)](
+                products, q.lowrank, rows * ranks, PIECES=tile.pieces, BLOCK=1024, EMULATE=emulate, num_warps=4
+            )
     return q

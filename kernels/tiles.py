@@ -11,7 +11,10 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class Tile:
-    """bn weight rows (outputs) x bm tokens x bk, warps and pipeline stages of one program; its ending runs in `pieces`."""
+    """bn weight rows (outputs) x bm tokens x bk, warps and pipeline stages of one program.
+
+    pieces  w4_matmul_wide: its ending runs in so many. smooth_quantize's _down: so many programs share K.
+    """
 
     bn: int
     bm: int
@@ -21,8 +24,8 @@ class Tile:
     pieces: int = 1
 
 
-# w4_matmul, large M, by target family and form of the operands. No entry spills registers (tests/kernels/test_compile.py holds that):
-# "group" needs a second accumulator for every 64 of K, so its tiles are half those of "plain".
+# _w4_matmul, by target family and form of the operands. No entry spills registers (tests/kernels/test_compile.py holds that):
+# "group" needs a second accumulator for every 64 of K, so its tiles are at most those of "plain".
 _MATMUL = {
     "hopper": {"group": Tile(128, 64, 128, 8, 4), "plain": Tile(128, 128, 128, 8, 3)},
     "datacenter blackwell": {"group": Tile(64, 128, 128, 4, 4), "plain": Tile(128, 128, 128, 8, 3)},
@@ -42,7 +45,7 @@ def _family(target: Target) -> str:
 
 
 def down_tile(target: Target, dtype: torch.dtype, rows: int, k: int) -> Tile:
-    """smooth_quantize's low-rank product; k is the padded K, cut into `pieces` so that a multiprocessor has two or three programs."""
+    """smooth_quantize's _down; k is the padded K, cut into `pieces` so that an H200's multiprocessors have two or three programs each."""
     family = _family(target)
     narrow = dtype != torch.bfloat16  # two dots
     bm, bk, warps, stages = (64, 128, 4, 3) if k >= 8192 and not narrow else (64, 64, 4, 3 if narrow else 4)
@@ -59,14 +62,14 @@ def down_tile(target: Target, dtype: torch.dtype, rows: int, k: int) -> Tile:
 
 
 def matmul_tile(target: Target, kind: str, rows: int) -> Tile:
-    """w4_matmul; kind is the kernel's: "group" or "plain". The loop always steps over 128 of K."""
+    """_w4_matmul; kind is the kernel's: "group" or "plain". The loop always steps over 128 of K."""
     family = _family(target)
     if rows <= 32 and family not in ("cdna", "rdna"):
         return _FEW_ROWS
     return _MATMUL[family][kind]
 
 
-# w4_matmul_wide, by target family and operands. "row" scales its accumulator every 128 of K and wants two programs a multiprocessor,
+# _w4_matmul_wide, by target family and operands. "row" scales its accumulator every 128 of K and wants two programs a multiprocessor,
 # one multiplying while the other scales: 96 KB of shared memory on Hopper, and registers of 64 accumulators a thread.
 _WIDE = {
     "hopper": {"row": Tile(128, 128, 128, 8, 3, pieces=2), "16 bit": Tile(128, 256, 64, 8, 3, pieces=4)},
@@ -76,11 +79,11 @@ _WIDE = {
 
 
 def wide_tile(target: Target, kind: str) -> Tile:
-    """w4_matmul_wide; kind is the kernel's: "row", "half" or "plain"."""
+    """_w4_matmul_wide; kind is the kernel's: "row", "half" or "plain"."""
     return _WIDE.get(_family(target), _WIDE["other nvidia"])["row" if kind == "row" else "16 bit"]
 
 
-_LAST_ROWS = Tile(128, 128, 64, 8, 3)
+_LAST_ROWS = Tile(128, 128, 64, 8, 3)  # half of Hopper's "16 bit" tile
 
 
 def wide_bands(target: Target, kind: str, rows: int, n: int) -> list[tuple[int, int, Tile]]:
@@ -102,4 +105,4 @@ def wide_bands(target: Target, kind: str, rows: int, n: int) -> list[tuple[int, 
 def linear_tile(target: Target, rows: int) -> Tile:
     """w4a16_linear: bm tokens share one pass over the weights."""
     bm = 1 if rows == 1 else 2 if rows == 2 else 4
-    return Tile(bn=8, bm=bm, bk=1024 // bm, warps=4, stages=2)
+    return Tile(bn=8, bm=bm, bk=512, warps=2, stages=1)

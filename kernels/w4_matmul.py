@@ -1,4 +1,7 @@
-"""w4_matmul: 4-bit product + low-rank up + bias + ending, in one kernel. Formulas in w4_matmul_torch.py, kernel in w4_matmul_triton.py."""
+"""w4_matmul: 4-bit product + low-rank up + bias + ending. Formulas in w4_matmul_torch.py.
+
+Kernels in w4_matmul_triton.py (one launch) and w4_matmul_wide.py (the weight is unpacked first, once for all tokens).
+"""
 
 from __future__ import annotations
 

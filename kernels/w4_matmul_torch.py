@@ -103,7 +103,7 @@ def w4_matmul_torch(
         y += lowrank_product(q.lowrank, part)
     if bias is not None:
         y += bias.float()
-    if spec.act_unsigned and q.kind != "int4":
+    if spec.act_unsigned and q.kind in ("e4m3", "int8"):
         y += part.shift_bias[: spec.n]
     if accumulate:
         y += out.float()

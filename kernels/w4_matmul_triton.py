@@ -1,11 +1,12 @@
-"""Triton kernel of w4_matmul; the formula is stated in w4_matmul_torch.py, the packed layout in layout.py.
+"""Triton kernel of w4_matmul that unpacks the weight in every program; w4_matmul_wide.py is the one for many tokens.
 
-It computes y^T = W x^T: the weight is the left operand, so that unpacked codes stay in registers. A step takes 128 of K, that is one byte
-column block [BN, 64]: its low nibbles are the first 64 of K, its high nibbles the next 64, each with one group scale (NVFP4: four).
+The formula is stated in w4_matmul_torch.py, the packed layout in layout.py. It computes y^T = W x^T: the weight is the left operand, so
+that unpacked codes stay in registers. A step takes 128 of K, that is one byte column block [BN, 64]: its low nibbles are the first 64 of K,
+its high nibbles the next 64, each with one group scale (NVFP4: four).
 
 Powers of two that code tricks leave behind are folded into one constant at the end (FOLD), which is exact:
     int8 form    a code kept in the high nibble of its byte is 16 times itself
-    e4m3 form    the byte s000mmmm read as e4m3 is +-m * 2^-9: weights always, activations in exact
+    e4m3 form    the byte s000mmmm read as e4m3 is +-m * 2^-9, weights and activations
     NVFP4        e2m1 and e4m3 bit patterns moved into fp16 are value * 2^-14 and value * 2^-8; 2^14 is given back at once
 """
 
@@ -23,6 +24,7 @@ from .targets import interpreting, launch_device, target_for
 from .tiles import matmul_tile
 
 FAR = (1 << 31) - 1  # a segment start that no output reaches
+GROUP_M = 8
 
 
 # The same steps as the Triton forms below, on four codes in a 32-bit register at once. In order: nibble moved to the low half of its
@@ -48,7 +50,7 @@ _INT8_HIGH = tl.constexpr("and.b32 $0, $1, 0xF0F0F0F0;")
 
 
 @triton.jit
-def _e4m3_weights(packed, HALF: tl.constexpr, PTX: tl.constexpr):
+def e4m3_weights(packed, HALF: tl.constexpr, PTX: tl.constexpr):
     """Sign-magnitude nibbles (0b1000 = -8) of one half of uint8 bytes -> e4m3 tensor of value * 2^-9."""
     if PTX:
         ASM: tl.constexpr = _E4M3_LOW if HALF == 0 else _E4M3_HIGH
@@ -99,7 +101,7 @@ def _half_product(
         right = operand(v.to(tl.float32), DTYPE, EMULATE)
         product = tl.dot(left, right, acc, input_precision="ieee")
     elif E4M3:
-        w = _e4m3_weights(packed, HALF, PTX)
+        w = e4m3_weights(packed, HALF, PTX)
         product = tl.dot(w, v.to(tl.float8e4nv, bitcast=True), out_dtype=tl.float32)
     else:
         w = _int8_weights(packed, HALF, PTX)
@@ -160,7 +162,7 @@ def _w4_matmul(
     GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, PTX: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """KIND: "group" (a scale per 64 on both sides), "plain" (NVFP4)."""
+    """KIND: "group" (int4: a scale per 64 on both sides; E4M3 says in which form), "plain" (NVFP4)."""
     # Programs that run together share weight rows and token rows: walk GROUP_M token tiles for every weight tile.
     tiles_m = tl.cdiv(M, BM)
     band = GROUP_M * tl.cdiv(NP, BN)
@@ -241,10 +243,15 @@ def launch_switches(
 ) -> dict[str, int | bool]:
     """The constants that both product kernels take."""
     return {
-        "RANK": rank, "RB": min(rank & -rank, 32), "SEGMENTS": len(part.spec.segments), "HAS_CHANNEL": part.channel_scale is not None,
-        "HAS_SHIFT": shift, "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate, "GELU": gelu_from is not None,
-        "GATE": gate is not None, "GROUP_M": 8, "EMULATE": interpreting(),
+        "RANK": rank, "SEGMENTS": len(part.spec.segments), "HAS_CHANNEL": part.channel_scale is not None, "HAS_SHIFT": shift,
+        "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate, "GELU": gelu_from is not None, "GATE": gate is not None,
+        "EMULATE": interpreting(),
     }  # fmt: skip
+
+
+def rank_step(rank: int, largest: int) -> int:
+    """Ranks that a step of the low-rank product takes: a power of two in the padded rank, 0 without one."""
+    return min(rank & -rank, largest)
 
 
 def variant_of(kind: str, code_form: str) -> tuple[str, bool, float]:
@@ -275,7 +282,7 @@ def w4_matmul_triton(
     target = target_for(out.device)
     tile = matmul_tile(target, kernel_kind, rows)
     rank = 0 if q.lowrank is None else spec.rank_padded
-    shift = spec.act_unsigned and q.kind != "int4"
+    shift = spec.act_unsigned and q.kind == "int8"
     if gate is not None:
         gate = gate if gate.stride(1) == 1 else gate.contiguous()
     dummy = out
@@ -287,7 +294,8 @@ def w4_matmul_triton(
             part.shift_bias if shift else dummy, dummy if bias is None else bias.contiguous(), out,
             dummy if residual is None else residual, dummy if gate is None else gate,
             *launch_sizes(spec, rows, out, residual, gate, rows_per_batch, gelu_from),
-            KIND=kernel_kind, E4M3=e4m3, FOLD=fold, BN=tile.bn, BM=tile.bm, PTX=target.name.startswith("sm_"),
+            KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RB=rank_step(rank, 32), BN=tile.bn, BM=tile.bm, GROUP_M=GROUP_M,
+            PTX=target.name.startswith("sm_"),
             **launch_switches(part, rank, shift, bias, accumulate, gelu_from, gate), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

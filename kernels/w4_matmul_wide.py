@@ -1,11 +1,11 @@
 """w4_matmul for many tokens: unpack the weight into scratch, then a product of plain operands with everything behind it in its ending.
 
-Unpacking inside the product stalls it in every step; outside it costs one pass over the weight (formula: w4_matmul_torch.py;
-expand_weight_torch.py). Operands come through tensor descriptors (the copy engine where there is one). As in w4_matmul_triton.py the weight is
-the left operand: y^T = W x^T, so that what belongs to a weight row is a number or two for a thread.
+Unpacking inside the product stalls it in every step; outside it costs one pass over the weight. The formulas are in w4_matmul_torch.py and
+expand_weight_torch.py. Operands come through tensor descriptors where there is a copy engine, else through pointers. As in
+w4_matmul_triton.py the weight is the left operand: y^T = W x^T, so that what belongs to a weight row is a number or two for a thread.
 
-Group scales of "row" products: the accumulator itself is multiplied by ratio[p] behind every 128 of K, which needs no second accumulator, so
-that tiles of 128 x 128 fit with two programs a multiprocessor, one multiplying while the other scales.
+Group scales of "row" products: the accumulator itself is multiplied by ratio[p] behind every 128 of K, which needs no second accumulator,
+so that tiles of 128 x 128 fit with two programs a multiprocessor, one multiplying while the other scales.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from .layout import PartView
 from .smooth_quantize_torch import QuantizedInput
 from .targets import Target, launch_device, target_for
 from .tiles import wide_bands
-from .w4_matmul_triton import check_segments, finish, launch_sizes, launch_switches
+from .w4_matmul_triton import check_segments, finish, launch_sizes, launch_switches, rank_step
 
 # Hopper adds e4m3 products to its accumulator with about 14 bits and truncates: sums lose this much of themselves per 128 products (H200,
 # measured over random data: 6.1e-4 at K 3072, 2.3e-3 at K 12288). It is the same in every output, so it is given back in one factor.
 HOPPER_E4M3_LOSS = 2.4e-5
+
+GROUP_M = {"row": 16, "half": 8, "plain": 8}
+RANKS_A_STEP = {"tf32": 32, "bf16": 16}
 
 
 @triton.jit
@@ -77,8 +80,9 @@ def _w4_matmul_wide(
     GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PIECES: tl.constexpr,
     TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Rows start to M of out. KIND: "row" (e4m3, table = ratio [KP / 128, NP]), "half" (fp16, table = scale [NP]), "plain" (16 bit, no scales).
+    """Rows start to M of out.
 
+    KIND: "row" (e4m3, table = ratio [KP / 128, NP]), "half" (fp16, table = scale [NP]), "plain" (16 bit, no scales).
     w_from [NP, KP], x_from [M, KP], up [NP, RANK], lowrank [M, SEGMENTS * RANK]: tensor descriptors with COPY_ENGINE, else pointers.
     """
     tiles_m = tl.cdiv(M - start, BM)
@@ -180,8 +184,8 @@ def w4_matmul_wide(
     weight = expand_weight_triton(part, q.kind, x.dtype)
     table = weight.ratio if kind == "row" else weight.scale
     tf32 = rank > 0 and not q.lowrank.dtype == part.up.dtype == torch.bfloat16
-    block = min(rank & -rank, 32 if tf32 else 16)
-    switches = launch_switches(part, rank, shift, bias, accumulate, gelu_from, gate) | {"RB": block, "GROUP_M": 16 if kind == "row" else 8}
+    block = rank_step(rank, RANKS_A_STEP["tf32" if tf32 else "bf16"])
+    switches = launch_switches(part, rank, shift, bias, accumulate, gelu_from, gate)
     sizes = launch_sizes(spec, rows, out, residual, gate, rows_per_batch, gelu_from)[1:]
     with launch_device(out.device):
         for start, stop, tile in wide_bands(target, kind, rows, spec.n_padded):
@@ -193,7 +197,7 @@ def w4_matmul_wide(
                 out if part.channel_scale is None else part.channel_scale, part.shift_bias if shift else out,
                 out if bias is None else bias.contiguous(), out, out if residual is None else residual, out if gate is None else gate,
                 e4m3_gain(target, spec.k_padded) if kind == "row" else 1.0, start, stop, *sizes,
-                KIND=kind, BN=tile.bn, BM=tile.bm, BK=tile.bk, PIECES=tile.pieces, TF32=tf32, COPY_ENGINE=target.copy_engine,
-                **switches, num_warps=tile.warps, num_stages=tile.stages,
+                KIND=kind, RB=block, BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
+                COPY_ENGINE=target.copy_engine, **switches, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out

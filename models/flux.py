@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from ..kernels import layout
 from ..kernels.norm_modulate import Norm
 from ..kernels.qk_norm_rope import qk_norm_rope_
-from ..kernels.targets import code_form
+from ..kernels.targets import code_form, target_for
 from .formats.checkpoint import FluxCheckpoint, HostLinear
+from .graphs import may_record
 from .linear import LARGEST_FP16, Ending, Leaf, PackedLinear, PlainLinear, normalised, parameter, resolved
 from .runtime import Runtime
 
@@ -197,6 +198,30 @@ def check_cancel(runtime: Runtime) -> None:
         runtime.check_cancel()
 
 
+def addresses(block: nn.Module, device: torch.device) -> tuple[int, ...] | None:
+    """Where everything lies that the block's leaves compute with; None where a weight is not at home or has a side branch."""
+    leaves = block.__dict__.get("_leaves")
+    if leaves is None:
+        leaves = block.__dict__["_leaves"] = [m for m in block.modules() if isinstance(m, Leaf)]
+    found = []
+    for leaf in leaves:
+        if not block.runtime.at_home(leaf, device) or leaf.has_side:
+            return None
+        found += [p.data_ptr() for p in leaf._parameters.values() if p is not None]
+    return tuple(found)
+
+
+def recorded(block: nn.Module, compute: str, inputs: list[Tensor], results: int, work: Callable[..., tuple]) -> tuple[Tensor, ...]:
+    """work(*inputs), recorded as a CUDA graph where the runtime keeps them and nothing of the block is brought from elsewhere."""
+    graphs, device = block.runtime.graphs, inputs[0].device
+    if graphs is None or not may_record(device) or not target_for(device).copy_engine:  # slower GPUs wait for nobody
+        return work(*inputs)
+    weights = addresses(block, device)
+    if weights is None:
+        return work(*inputs)
+    return graphs.run(block, (compute, block.runtime.attention_in_use(), *weights), inputs, results, work)
+
+
 class DoubleBlock(nn.Module):
     """Image and text streams with joint attention. Called as the host calls its own: see `forward`."""
 
@@ -228,19 +253,19 @@ class DoubleBlock(nn.Module):
         check_cancel(self.runtime)
         options = transformer_options or {}
         compute = compute_mode(options, img.device)
+        if not looked_into(vec, pe, attn_mask, modulation_dims_img or modulation_dims_txt, options):
+
+            def fused(img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+                return self._fused(img, txt, vec, pe, compute, options)
+
+            return recorded(self, compute, [img, txt, vec, pe], 2, fused)
         (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (self.img_mod(vec), self.txt_mod(vec)) if isinstance(vec, Tensor) else vec
-        if looked_into(vec, pe, attn_mask, modulation_dims_img or modulation_dims_txt, options):
-            if modulation_dims_img is not None:  # the text stream has one time only: the first row
-                txt_mod1, txt_mod2 = (Mod(*(t[:, :1] for t in (m.shift, m.scale, m.gate))) for m in (txt_mod1, txt_mod2))
-            attn = self._attention(img, txt, img_mod1, txt_mod1, pe, attn_mask, modulation_dims_img, modulation_dims_txt, compute, options)
-            n = txt.shape[1]
-            img = self._finish("img", img, attn[:, n:], img_mod1, img_mod2, modulation_dims_img, compute)
-            txt = self._finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, modulation_dims_txt, compute)
-        else:
-            attn = self._fused_attention(img, txt, img_mod1, txt_mod1, pe, compute, options)
-            n = txt.shape[1]
-            img = self._fused_finish("img", img, attn[:, n:], img_mod1, img_mod2, compute)
-            txt = self._fused_finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, compute)
+        if modulation_dims_img is not None:  # the text stream has one time only: the first row
+            txt_mod1, txt_mod2 = (Mod(*(t[:, :1] for t in (m.shift, m.scale, m.gate))) for m in (txt_mod1, txt_mod2))
+        attn = self._attention(img, txt, img_mod1, txt_mod1, pe, attn_mask, modulation_dims_img, modulation_dims_txt, compute, options)
+        n = txt.shape[1]
+        img = self._finish("img", img, attn[:, n:], img_mod1, img_mod2, modulation_dims_img, compute)
+        txt = self._finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, modulation_dims_txt, compute)
         return img, finite(txt)
 
     # -- plain path ---------------------------------------------------------------------------------------------------------------
@@ -272,6 +297,14 @@ class DoubleBlock(nn.Module):
         return gated(x, mlp[2](h, compute), mod2.gate, dims)
 
     # -- fused path ---------------------------------------------------------------------------------------------------------------
+
+    def _fused(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict) -> tuple[Tensor, Tensor]:
+        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = self.img_mod(vec), self.txt_mod(vec)
+        attn = self._fused_attention(img, txt, img_mod1, txt_mod1, pe, compute, options)
+        n = txt.shape[1]
+        img = self._fused_finish("img", img, attn[:, n:], img_mod1, img_mod2, compute)
+        txt = self._fused_finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, compute)
+        return img, finite(txt)
 
     def _fused_attention(self, img: Tensor, txt: Tensor, img_mod: Mod, txt_mod: Mod, pe: Tensor, compute: str, options: dict) -> Tensor:
         n = txt.shape[1]
@@ -314,15 +347,23 @@ class SingleBlock(nn.Module):
         check_cancel(self.runtime)
         options = transformer_options or {}
         compute = compute_mode(options, x.device)
-        mod = self.modulation(vec)[0] if isinstance(vec, Tensor) else vec
         inner = 3 * self.hidden_size
-        if looked_into(vec, pe, attn_mask, modulation_dims, options):
-            y = self.linear1(modulated(x, mod, modulation_dims), compute)
-            qk_normed_(y[..., :inner], self.norm, self.num_heads, None)
-            q, k, v = heads_first(y[..., :inner], self.num_heads)
-            attn = patched_attention(self.runtime, self.num_heads, q, k, v, pe, attn_mask, options, options.get("img_slice"))
-            h = torch.cat((attn, F.gelu(y[..., inner:], approximate="tanh")), 2)
-            return finite(gated(x, self.linear2(h, compute), mod.gate, modulation_dims))
+        if not looked_into(vec, pe, attn_mask, modulation_dims, options):
+
+            def fused(x: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor]:
+                return (self._fused(x, vec, pe, compute, options),)
+
+            return recorded(self, compute, [x, vec, pe], 1, fused)[0]
+        mod = self.modulation(vec)[0] if isinstance(vec, Tensor) else vec
+        y = self.linear1(modulated(x, mod, modulation_dims), compute)
+        qk_normed_(y[..., :inner], self.norm, self.num_heads, None)
+        q, k, v = heads_first(y[..., :inner], self.num_heads)
+        attn = patched_attention(self.runtime, self.num_heads, q, k, v, pe, attn_mask, options, options.get("img_slice"))
+        h = torch.cat((attn, F.gelu(y[..., inner:], approximate="tanh")), 2)
+        return finite(gated(x, self.linear2(h, compute), mod.gate, modulation_dims))
+
+    def _fused(self, x: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict) -> Tensor:
+        mod, inner = self.modulation(vec)[0], 3 * self.hidden_size
         y = self.linear1.run(x, compute, norm=_norm(x, mod), ending=Ending(gelu_from=inner))
         qk_normed_(y[..., :inner], self.norm, self.num_heads, pe)
         attn = self.runtime.attend(*heads_first(y[..., :inner], self.num_heads), self.num_heads, None, options)

@@ -49,6 +49,7 @@ class Leaf(nn.Module):
     """What the host expects of a module whose weight it may keep elsewhere: these attributes, and `weight` and `bias`."""
 
     comfy_cast_weights = False  # the host sets True on an instance it leaves offloaded
+    has_side = False  # something is added to what the weight computes
 
     def __init__(self, runtime: Runtime):
         super().__init__()
@@ -135,6 +136,7 @@ class PackedLinear(Leaf):
     def set_side(self, down: Tensor | None = None, up: Tensor | None = None, delta: Tensor | None = None) -> None:
         """Replaces what is added to the 4-bit weight: up [N, r] @ down [r, K] and a dense delta [N, K], each or both; none removes it."""
         self._side = None if down is None and delta is None else Side(down, up, delta)
+        self.has_side = self._side is not None
 
     def side_nbytes(self) -> int:
         """Bytes the side branch holds, for the host's memory accounting."""

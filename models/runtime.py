@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attend
+from .graphs import Graphs
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
@@ -43,6 +44,11 @@ def own_tensors(module: nn.Module, device: torch.device) -> AbstractContextManag
     return contextlib.nullcontext((module.weight.to(device), None if bias is None else bias.to(device)))
 
 
+def lies_on(module: nn.Module, device: torch.device) -> bool:
+    """Whether every parameter of the module lies on the device."""
+    return all(p is None or p.device == device for p in module._parameters.values())
+
+
 @dataclass(frozen=True)
 class Runtime:
     """The host's services, as functions of tensors.
@@ -51,9 +57,15 @@ class Runtime:
     attend(q, k, v, heads, mask, transformer_options): the same after RoPE.
     acquire(module, device): context manager giving (weight, bias) on the device, unchanged in type; the module's own where they are there.
     check_cancel(): called once a block, outside compiled code; raises to stop.
+    at_home(module, device): whether acquire gives the module's own parameters, unchanged.
+    attention_in_use(): what `attend` goes to, as something to compare by equality.
+    graphs: where blocks are recorded as CUDA graphs; None to leave it.
     """
 
     attention: Callable[..., Tensor] = attention
     attend: Callable[..., Tensor] = attend
     acquire: Callable[[nn.Module, torch.device], AbstractContextManager[tuple[Tensor, Tensor | None]]] = own_tensors
     check_cancel: Callable[[], None] = lambda: None
+    at_home: Callable[[nn.Module, torch.device], bool] = lies_on
+    attention_in_use: Callable[[], object] = lambda: None
+    graphs: Graphs | None = None

@@ -1,8 +1,8 @@
 """Compiles the kernels a model will need in threads, while its file is still being loaded.
 
-A Triton kernel compiles where it is first launched, one after the other, in seconds each: the first image would wait for all of them. So the
-first block of each kind is run once on a few tokens: what it launches is what every other block launches, for kernels do not depend on the
-number of tokens. Later starts find the kernels in Triton's cache on disk.
+A Triton kernel compiles where it is first launched, one after the other, in seconds each: the first image would wait for all of them. So
+the first block of each kind is run once on a few tokens: what it launches is what every other block launches, for kernels do not depend on
+the number of tokens. Later starts find the kernels in Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENS = 256  # of either stream: from here on products take the kernels for man
 
 
 def warm_up(checkpoint: FluxCheckpoint, device: torch.device, dtype: torch.dtype, compute: str = "auto") -> Callable[[], None]:
-    """Starts compiling for the device; returns what waits for it. Nothing that goes wrong here is raised: the first image would show it too.
+    """Starts compiling for the device; returns what waits for it. Nothing that fails here is raised: the first image would show it too.
 
     dtype: of the activations. compute: as the loader's input of that name.
     """

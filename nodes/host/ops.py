@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...models.attention import fastest
-from ...models.runtime import Runtime, apply_rope
+from ...models.graphs import Graphs
+from ...models.runtime import Runtime, apply_rope, lies_on
 
 
 def host_made(function: Callable, module: ModuleType) -> Callable | None:
@@ -77,11 +78,15 @@ def acquire(module: nn.Module, device: torch.device) -> AbstractContextManager[t
 
     The host's bias functions (a LoRA's bias in an offloaded layer) are applied; packed weights have no weight functions (see patcher.py).
     """
-    weight = module.weight
-    at_home = weight.device == device and not module.comfy_cast_weights and not hasattr(module, "_v")
-    if at_home and not module.weight_function and not module.bias_function:
-        return contextlib.nullcontext((weight, module.bias))
+    if at_home(module, device):
+        return contextlib.nullcontext((module.weight, module.bias))
     return streamed(module, device)
+
+
+def at_home(module: nn.Module, device: torch.device) -> bool:
+    """Whether the module computes with its own parameters as they lie on the device."""
+    unchanged = not (module.comfy_cast_weights or hasattr(module, "_v") or module.weight_function or module.bias_function)
+    return unchanged and lies_on(module, device)
 
 
 @contextlib.contextmanager
@@ -112,4 +117,7 @@ def check_cancel() -> None:
 
 
 def host_runtime() -> Runtime:
-    return Runtime(attention=attention, attend=attend, acquire=acquire, check_cancel=check_cancel)
+    return Runtime(
+        attention=attention, attend=attend, acquire=acquire, check_cancel=check_cancel, at_home=at_home,
+        attention_in_use=chosen_attention, graphs=Graphs(),
+    )  # fmt: skip

@@ -16,6 +16,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
+from ...models.graphs import Graphs
 from ...models.linear import PackedLinear
 from .branches import Branch, Patch, PatchError, make_branch, merged_weight, planned_elements, shift_of, shifts_input
 
@@ -140,6 +141,7 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *args: object, **kwargs: object) -> int:
         """As the host's; each layer that goes takes its branch along, and both count."""
+        self._graphs.release()
         freed, used = 0, max(self.model.model_loaded_weight_memory, 1)
         share = 1 - self._resident_bytes() / used
         for asked in (memory_to_free * share, None):  # the second time for what the first left, when branches are unevenly spread
@@ -158,6 +160,17 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
         super().unpatch_model(device_to, unpatch_weights, **kwargs)
         if unpatch_weights:
             self._set_attached(None)
+            self._graphs.release()
+
+    def cleanup(self) -> None:
+        """After a sampling."""
+        super().cleanup()
+        if self.load_device.type == "cuda":
+            self._graphs.trim(self.load_device)
+
+    @property
+    def _graphs(self) -> Graphs:
+        return self.model.diffusion_model.runtime.graphs
 
     def patch_weight_to_device(self, key: str, device_to: torch.device | None = None, *args: object, **kwargs: object) -> Tensor | None:
         """A packed weight stays as it is. With `return_weight` (newer hosts, saving) the answer is the dense weight with its branch."""

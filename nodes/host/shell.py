@@ -90,8 +90,9 @@ class TonfaFlux(comfy.ldm.flux.model.Flux):
         super().__init__(image_model=image_model, final_layer=final_layer, dtype=dtype, device=device, operations=operations, **bare)
         self.params.depth, self.params.depth_single_blocks = config["depth"], config["depth_single_blocks"]
         self.load_state_dict(outside_blocks(checkpoint), strict=True)  # the block lists are still empty
+        self.runtime = host_runtime()
         self.double_blocks, self.single_blocks = build_blocks(
-            checkpoint, device=device, runtime=host_runtime(), norm_param=norm_parameter(), target=target, progress=progress
+            checkpoint, device=device, runtime=self.runtime, norm_param=norm_parameter(), target=target, progress=progress
         )
 
 

@@ -1,7 +1,8 @@
-"""Compiles every kernel for every kind of GPU, without one, and looks at what came out. Run by test_compile.py in a process of its own,
+"""Compiles every kernel for every kind of GPU, without one, and looks at what came out.
 
-because Triton's interpreter and its compiler cannot share one. Prints one JSON line per compiled kernel: target, kernel, whether it
-compiled, which matrix instructions it holds, spilled bytes, shared memory against the target's limit.
+Run by test_compile.py in a process of its own, because Triton's interpreter and its compiler cannot share one. Prints one JSON line per
+compiled kernel: target, kernel, whether it compiled, which matrix instructions it should hold and whether it does, spilled bytes, shared
+memory against the target's limit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import triton
 from tonfa.kernels import expand_weight_triton as expand
 from tonfa.kernels import norm_modulate_triton as norm_modulate
 from tonfa.kernels import qk_norm_rope_triton as rope
+from tonfa.kernels import rounding
 from tonfa.kernels import row_statistics_triton as statistics
 from tonfa.kernels import smooth_quantize_triton as quantize
 from tonfa.kernels import w4_matmul_triton as matmul
@@ -27,7 +29,7 @@ from tonfa.kernels import w4_matmul_wide as wide
 from tonfa.kernels import w4a16_linear_triton as linear
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
-from tonfa.kernels.tiles import down_tile, linear_tile, matmul_tile, wide_tile
+from tonfa.kernels.tiles import Tile, down_tile, linear_tile, matmul_tile, wide_bands
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,7 +48,7 @@ class Variant:
     constants: dict[str, object]
     warps: int
     stages: int
-    instruction: str | None
+    instructions: tuple[str, ...]
 
 
 def gpu_target(target: Target) -> GPUTarget:
@@ -59,18 +61,16 @@ def compile_variant(variant: Variant, target: Target):
     names = variant.fn.arg_names
     signature = {n: "constexpr" if n in variant.constants else variant.types[n] for n in names}
     constants = {(names.index(n),): v for n, v in variant.constants.items()}
-    # As in a launch at FLUX sizes: pointers and sizes are multiples of 16, except what the variant names as ragged.
-    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] != "constexpr" and signature[n] != "fp32"}
-    for name in ("M", "rows_per_batch", "steps"):  # as do_not_specialize has it
-        if name in names:
-            attrs.pop((names.index(name),), None)
+    # As in a launch at FLUX sizes: pointers and sizes are multiples of 16, except what the kernel does not specialise on.
+    unknown = {n for n, t in signature.items() if t in ("constexpr", "fp32")} | set(variant.fn.do_not_specialize)
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in unknown}
     source = ASTSource(variant.fn, signature, constants, attrs)
     return triton.compile(source, target=gpu_target(target), options={"num_warps": variant.warps, "num_stages": variant.stages})
 
 
 def instruction(target: Target, operands: str) -> str:
     """What a dot of these operands becomes, as a pattern over ptx or amdgcn (KERNELS.md's table, checked on Triton 3.6)."""
-    name, ptx = target.name, {"int8": "s8", "e4m3": "e4m3", "bf16": "bf16", "fp16": "f16"}[operands]
+    name, ptx = target.name, {"int8": "s8", "fp16": "f16"}.get(operands, operands)
     if name.startswith("gfx9"):
         return {"int8": r"v_mfma_i32_\S+i8", "bf16": r"v_mfma_f32_\S+bf16", "fp16": r"v_mfma_f32_\S+f16"}[operands]
     if name.startswith("gfx"):
@@ -78,7 +78,7 @@ def instruction(target: Target, operands: str) -> str:
     if name == "sm_90":
         return rf"wgmma\S+\.{ptx}\.{ptx}"
     if name == "sm_100":
-        return r"tcgen05\.mma\S+kind::" + {"e4m3": "f8f6f4"}.get(operands, "f16")
+        return r"tcgen05\.mma\S+kind::" + {"e4m3": "f8f6f4", "tf32": "tf32"}.get(operands, "f16")
     return rf"mma\.sync\S+\.{ptx}\.{ptx}"
 
 
@@ -90,23 +90,33 @@ def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, k=
     types |= dict.fromkeys(("smooth", "row_amax", "scales", "moments"), "*fp32") | {"codes": POINTERS[codes]}
     constants = {
         "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": True,
-        "BM": 1, "BK": width, "REST": rest, "PTX": statistics.has_pairs(target), "EMULATE": False,
+        "BM": 1, "BK": width, "REST": rest, "PTX": rounding.has_pairs(target), "EMULATE": False,
     }  # fmt: skip
     constants |= {} if known else {"row_amax": None}
-    return Variant(f"smooth_quantize {name}", quantize._quantize, types, constants, warps, 3, None)
+    return Variant(f"smooth_quantize {name}", quantize._quantize, types, constants, warps, 3, ())
 
 
-def down_variant(name, target, dtype, *, norm, k=3072, ranks=32, batches=1, pair="*bf16") -> Variant:
-    tile = down_tile(target, dtype, 4608, k)
+def down_variant(name, target, dtype, *, norm, rows=4608, k=3072, ranks=32, batches=1, pair="*bf16", lowrank="*fp32") -> Variant:
+    """lowrank: type of the result, which one piece writes itself."""
+    tile = down_tile(target, dtype, rows, k)
     types = dict.fromkeys(quantize._down.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
-    types |= {"down": pair, "moments": "*fp32", "products": "*fp32"}
+    types |= {"down": pair, "moments": "*fp32", "products": lowrank if tile.pieces == 1 else "*fp32"}
     constants = {
         "x_col": 1, "NORM": norm, "ONE_BATCH": batches == 1, "RB": quantize.rank_block(ranks, dtype), "BM": tile.bm, "BK": tile.bk,
-        "PTX": statistics.has_pairs(target), "EMULATE": False,
+        "PTX": rounding.has_pairs(target), "EMULATE": False,
     }  # fmt: skip
     narrow = tile.bm < 64 and target.name.startswith("sm_")  # too few rows for the newer instructions
     wanted = r"mma\.sync\S+\.bf16" if narrow else instruction(target, "bf16")
-    return Variant(f"smooth_quantize down {name}", quantize._down, types, constants, tile.warps, tile.stages, wanted)
+    return Variant(f"smooth_quantize down {name}", quantize._down, types, constants, tile.warps, tile.stages, (wanted,))
+
+
+def add_variant(target, lowrank) -> Variant:
+    types = {"products": "*fp32", "out": lowrank, "total": "i32"}
+    constants = {"PIECES": down_tile(target, torch.bfloat16, 4608, 3072).pieces, "BLOCK": 1024, "EMULATE": False}
+    return Variant(f"smooth_quantize add pieces {lowrank}", quantize._add_pieces, types, constants, 4, 3, ())
+
+
+SWITCHES = ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")
 
 
 def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segments=1, **flags) -> Variant:
@@ -118,42 +128,49 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segme
     types |= {"codes": "*u8", "scales": "*u8" if kind == "plain" else "*bf16", "up": "*bf16"}
     types |= dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
     single = {"M": 1, "rows_per_batch": 1} if rows == 1 else {}  # Triton makes constants of arguments that are 1
-    switches = {n: bool(flags.get(n)) for n in ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")}
     constants = {
-        "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": min(rank & -rank, 32),
-        "SEGMENTS": segments, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": 8, "PTX": target.name.startswith("sm_"),
-        "EMULATE": False, **switches, **single,
+        "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": matmul.rank_step(rank, 32),
+        "SEGMENTS": segments, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": matmul.GROUP_M,
+        "PTX": target.name.startswith("sm_"), "EMULATE": False, **{n: bool(flags.get(n)) for n in SWITCHES}, **single,
     }  # fmt: skip
-    operands = "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "bf16"
-    wanted = instruction(target, operands)
-    return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, wanted)
+    wanted = instruction(target, "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "bf16")
+    return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, (wanted,))
 
 
-def wide_variants(target: Target, dtype, kind, *, rank=32, segments=1, **flags) -> list[Variant]:
-    """The product of kind "row", "half" or "plain", and the expansion before it."""
-    tile = wide_tile(target, kind)
-    form, element, stored = {"row": ("e4m3", "fp8e4nv", "*u8"), "half": ("half", "fp16", "*fp16"), "plain": ("plain", "bf16", "*bf16")}[kind]
+def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1, **flags) -> list[Variant]:
+    """The product of kind "row", "half" or "plain" with 3072 outputs, in the tiles of every band."""
+    tf32 = not (kind == "row" and dtype == torch.bfloat16 and pair == "bf16")
+    step = matmul.rank_step(rank, wide.RANKS_A_STEP["tf32" if tf32 else "bf16"])
+    element, operands = {"row": ("fp8e4nv", "e4m3"), "half": ("fp16", "fp16"), "plain": ("bf16", "bf16")}[kind]
     kernel = wide._w4_matmul_wide
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
-    tf32 = kind != "row"
-    block = min(rank & -rank, 32 if tf32 else 16)
-    operands = {"w_from": (element, tile.bn, tile.bk), "x_from": (element, tile.bm, tile.bk)}
-    operands |= {"up": ("bf16", tile.bn, block), "lowrank": ("fp32" if tf32 else "bf16", tile.bm, block)}
-    for argument, (kind_of, rows, cols) in operands.items():
-        types[argument] = f"tensordesc<{kind_of}[{rows}, {cols}]>" if target.copy_engine else f"*{kind_of}"
     types |= dict.fromkeys(("table", "x_scales", "channel_scale", "shift_bias"), "*fp32") | {"gain": "fp32"}
-    switches = {n: bool(flags.get(n)) for n in ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")}
+    wanted = (instruction(target, operands), instruction(target, "tf32" if tf32 else "bf16"))
+
+    def band(tile: Tile) -> Variant:
+        sources = {"w_from": (element, tile.bn, tile.bk), "x_from": (element, tile.bm, tile.bk)}
+        sources |= {"up": (pair, tile.bn, step), "lowrank": ("fp32" if tf32 else "bf16", tile.bm, step)}
+        for argument, (stored, rows, cols) in sources.items():
+            sources[argument] = f"tensordesc<{stored}[{rows}, {cols}]>" if target.copy_engine else f"*{stored}"
+        constants = {
+            "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "TF32": tf32, "SEGMENTS": segments,
+            "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": wide.GROUP_M[kind], "PIECES": tile.pieces,
+            "COPY_ENGINE": target.copy_engine, "EMULATE": False, **{n: bool(flags.get(n)) for n in SWITCHES},
+        }  # fmt: skip
+        label = f"w4_matmul_wide {name}, {tile.bm} rows"
+        return Variant(label, kernel, types | sources, constants, tile.warps, tile.stages, wanted)
+
+    return [band(tile) for _, _, tile in wide_bands(replace(target, multiprocessors=132), kind, 4608, 3072)]
+
+
+def expand_variant(form: str, target: Target, scales: str) -> Variant:
+    stored = {"e4m3": "*u8", "half": "*fp16", "plain": "*bf16"}[form]
+    types = {"codes": "*u8", "scales": scales, "NP": "i32", "KP": "i32", "out": stored, "table": "*fp32"}
     constants = {
-        "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": block, "TF32": tf32, "SEGMENTS": segments,
-        "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": 8, "PIECES": tile.pieces, "COPY_ENGINE": target.copy_engine,
-        "EMULATE": False, **switches,
+        "FORM": form, "PTX": target.name.startswith("sm_"), "GROUPS": 256 if form == "half" else 1, "BN": expand.ROWS, "S": expand.SLICES,
+        "EMULATE": False,
     }  # fmt: skip
-    name = f"{kind} {' '.join(flags)}"
-    wanted = instruction(target, {"row": "e4m3", "half": "fp16", "plain": "bf16"}[kind])
-    product = Variant(f"w4_matmul_wide {name}", kernel, types, constants, tile.warps, tile.stages, wanted)
-    types = {"codes": "*u8", "scales": "*u8" if kind == "plain" else "*bf16", "NP": "i32", "KP": "i32", "out": stored, "table": "*fp32"}
-    constants = {"FORM": form, "PTX": target.name.startswith("sm_"), "GROUPS": 256 if form == "half" else 1, "BN": expand.ROWS, "S": expand.SLICES, "EMULATE": False}
-    return [product, Variant(f"expand_weight {name}", expand._expand_weight, types, constants, 4, 3, None)]
+    return Variant(f"expand_weight {form}", expand._expand_weight, types, constants, 4, 3, ())
 
 
 def linear_variant(target, dtype, rows) -> Variant:
@@ -161,80 +178,107 @@ def linear_variant(target, dtype, rows) -> Variant:
     types = dict.fromkeys(linear._w4a16_linear.arg_names, "i32") | {"x": POINTERS[dtype], "out": POINTERS[dtype]}
     types |= {"codes": "*u8", "scales": "*bf16", "zeros": "*bf16", "bias": "*fp32"}
     constants = {"x_col": 1, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "S": tile.bk // 128, "EMULATE": False}
-    return Variant(f"w4a16_linear M={rows}", linear._w4a16_linear, types, constants, tile.warps, tile.stages, None)
+    return Variant(f"w4a16_linear M={rows}", linear._w4a16_linear, types, constants, tile.warps, tile.stages, ())
 
 
-def elementwise_variants(target: Target, dtype) -> list[Variant]:
+def norm_variants(target: Target, dtype) -> list[Variant]:
     kernel = norm_modulate._norm_modulate
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale", "out"), POINTERS[dtype]) | {"moments": "*fp32"}
-    pairs = statistics.has_pairs(target)
+    pairs = rounding.has_pairs(target)
     constants = {"x_col": 1, "ONE_BATCH": True, "BM": norm_modulate._BM, "BK": norm_modulate._BK, "PTX": pairs, "EMULATE": False}
-    norm = Variant("norm_modulate", kernel, types, constants, 4, 3, None)
+    norm = Variant("norm_modulate", kernel, types, constants, 4, 3, ())
     kernel = statistics._row_moments
     types = dict.fromkeys(kernel.arg_names, "i32") | {"x": POINTERS[dtype], "out": "*fp32", "eps": "fp32"}
     width, warps = statistics.row_tile(3072)
-    moments = Variant("row_moments", kernel, types, {"x_col": 1, "BK": width}, warps, 3, None)
+    return [norm, Variant("row_moments", kernel, types, {"x_col": 1, "BK": width}, warps, 3, ())]
+
+
+def dotless_variants(dtype, target: Target) -> list[Variant]:
+    """Kernels without matrix instructions, which every GPU runs."""
     kernel = rope.qk_norm_rope_kernel
     types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32", "qkv": POINTERS[dtype]}
     types |= dict.fromkeys(("query_scale", "key_scale", "pe"), "*fp32")
     constants = {"HEADS": 24, "BLOCK_H": 32, "D": 128, "ROPE": True, "EMULATE": False}
-    return [norm, moments, Variant("qk_norm_rope", kernel, types, constants, 4, 3, None)]
+    linears = [linear_variant(target, dtype, rows) for rows in (1, 2, 4)]
+    return [*linears, Variant("qk_norm_rope", kernel, types, constants, 4, 3, ())]
+
+
+def e4m3_variants(target: Target) -> list[Variant]:
+    """INT4 where codes are e4m3: fast for all rows, exact for many (16 bit) and for few."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    endings = {"GATE": True, "ACCUMULATE": True}
+    return [
+        quantize_variant("exact, norm", target, bf16, "int", 7, True, norm=True),
+        quantize_variant("exact unsigned", target, fp16, "int", 15, True, norm=False, unsigned=True),
+        quantize_variant("exact wide, norm", target, bf16, "half", 7, True, norm=True),
+        quantize_variant("exact unsigned wide, K 12288", target, bf16, "half", 15, True, norm=False, k=12288, unsigned=True),
+        quantize_variant("fast, norm", target, bf16, "e4m3", 0, True, norm=True),
+        quantize_variant("fast, norm, fp16", target, fp16, "e4m3", 0, True, norm=True),
+        quantize_variant("fast, K 12288", target, bf16, "e4m3", 0, True, norm=False, k=12288),
+        quantize_variant("fast, known maximum", target, bf16, "e4m3", 0, True, norm=False, k=12288, known=True),
+        down_variant("many rows, to bf16", target, bf16, norm=True, rows=16384, ranks=64, lowrank="*bf16"),
+        add_variant(target, "*bf16"),
+        matmul_variant("exact, 200 rows", target, bf16, "int4", "e4m3", 200),
+        matmul_variant("exact, 1 row, gelu", target, bf16, "int4", "e4m3", 1, GELU=True),
+        *wide_variants("fast, gelu", target, bf16, "row", segments=2, GELU=True),
+        *wide_variants("fast, shift, gate", target, bf16, "row", HAS_SHIFT=True, **endings),
+        *wide_variants("fast, fp16", target, fp16, "row", pair="fp16", HAS_SHIFT=True, **endings),
+        *wide_variants("exact, gelu", target, bf16, "half", segments=2, GELU=True),
+        *wide_variants("exact, fp16, gate", target, fp16, "half", pair="fp16", **endings),
+        expand_variant("e4m3", target, "*bf16"),
+        expand_variant("half", target, "*fp16"),
+    ]
+
+
+def int8_variants(target: Target) -> list[Variant]:
+    """INT4 where codes are int8."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    return [
+        quantize_variant("exact, norm", target, bf16, "int", 7, False, norm=True),
+        quantize_variant("exact unsigned", target, fp16, "int", 15, False, norm=False, unsigned=True),
+        quantize_variant("fast, norm", target, bf16, "int", 127, False, norm=True),
+        quantize_variant("fast, norm, fp16", target, fp16, "int", 127, False, norm=True),
+        matmul_variant("exact", target, bf16, "int4", "int8", 4608),
+        matmul_variant("exact, 1 row, gelu", target, bf16, "int4", "int8", 1, GELU=True),
+        matmul_variant("fast, two segments, gelu", target, bf16, "int8", "int8", 4608, segments=2, GELU=True),
+        matmul_variant("fast, gate", target, fp16, "int8", "int8", 4608, HAS_SHIFT=True, GATE=True, ACCUMULATE=True),
+    ]
+
+
+def nvfp4_variants(target: Target) -> list[Variant]:
+    bf16, fp16, nvidia = torch.bfloat16, torch.float16, target.name.startswith("sm_")
+    endings = {"HAS_CHANNEL": True, "GATE": True, "ACCUMULATE": True}
+    found = [
+        quantize_variant("nvfp4 exact, norm", target, bf16, "nvfp4", 0, False, norm=True),
+        quantize_variant("nvfp4 fast, norm", target, bf16, "plain", 0, False, norm=True),
+        matmul_variant("nvfp4", target, bf16, "plain", "e2m1", 200 if nvidia else 4608, rank=128, **endings),
+        matmul_variant("nvfp4 fp16", target, fp16, "plain", "e2m1", 200),
+        matmul_variant("nvfp4, 1 row", target, bf16, "plain", "e2m1", 1, rank=128, HAS_CHANNEL=True),
+    ]
+    if nvidia:
+        found += wide_variants("nvfp4, gate", target, bf16, "plain", rank=128, **endings)
+        found += wide_variants("nvfp4, gelu", target, fp16, "plain", rank=128, segments=2, HAS_CHANNEL=True, GELU=True)
+        found.append(expand_variant("plain", target, "*u8"))
+    return found
 
 
 def variants(target: Target) -> list[Variant]:
-    """What this target would be asked to run: every operand form, every ending, norm with large ranks, 16-bit types and ragged sizes."""
-    bf16, fp16 = torch.bfloat16, torch.float16
+    """What this target would be asked to run: every operand form, every ending, norm with large ranks, every type."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     if not target.has_dot:
-        return [
-            quantize_variant("exact, no low rank", target, fp16, "int", 7, False, norm=True),
-            linear_variant(target, fp16, 1),
-            linear_variant(target, fp16, 4),
-            *elementwise_variants(target, fp16),
-        ]
-    form = "e4m3" if target.e4m3_dot else "int8"
-    row = target.e4m3_dot
-    endings = {"GATE": True, "ACCUMULATE": True}
-    found = [
-        quantize_variant("exact, norm", target, bf16, "int", 7, row, norm=True),
-        quantize_variant("exact unsigned", target, fp16, "int", 15, row, norm=False, unsigned=True),
-        quantize_variant("nvfp4 exact, norm", target, bf16, "nvfp4", 0, False, norm=True),
-        quantize_variant("nvfp4 fast, norm", target, bf16, "plain", 0, False, norm=True),
-        quantize_variant("fast, norm", target, bf16, "e4m3" if row else "int", 0 if row else 127, row, norm=True),
-        quantize_variant("fast, norm", target, fp16, "e4m3" if row else "int", 0 if row else 127, row, norm=True),
-        *(
-            [
-                quantize_variant("fast, K 12288", target, bf16, "e4m3", 0, True, norm=False, k=12288),
-                quantize_variant("fast, known maximum", target, bf16, "e4m3", 0, True, norm=False, k=12288, known=True),
-                quantize_variant("exact unsigned wide, K 12288", target, bf16, "half", 15, True, norm=False, k=12288, unsigned=True),
-            ]
-            if row
-            else []
-        ),
+        return dotless_variants(fp16, target)
+    return [
         down_variant("K 12288", target, bf16, norm=False, k=12288),
         down_variant("norm, rank 2 x 32", target, bf16, norm=True, ranks=64),
+        down_variant("norm, 1 row", target, bf16, norm=True, rows=1, ranks=64),
         down_variant("norm, rank 2 x 128, two batches", target, fp16, norm=True, ranks=256, batches=2, pair="*fp16"),
-        down_variant("norm, rank 2 x 128, two batches, fp32", target, torch.float32, norm=True, ranks=256, batches=2, pair="*fp16"),
-        matmul_variant("exact", target, bf16, "int4", form, 4608),
-        matmul_variant("exact M=1, gelu", target, bf16, "int4", form, 1, GELU=True),
-        *(
-            [
-                *wide_variants(target, bf16, "row", segments=2, GELU=True),
-                *wide_variants(target, fp16, "half", **endings),
-            ]
-            if row
-            else [
-                matmul_variant("fast, two segments, gelu", target, bf16, "int8", form, 4608, segments=2, GELU=True),
-                matmul_variant("fast, gate", target, fp16, "int8", form, 4608, HAS_SHIFT=True, **endings),
-            ]
-        ),
-        *(wide_variants(target, bf16, "plain", rank=128, HAS_CHANNEL=True, **endings) if target.name.startswith("sm_") else []),
-        matmul_variant("nvfp4", target, bf16, "plain", form, 4608, HAS_CHANNEL=True, rank=128),
-        matmul_variant("nvfp4 fp16", target, fp16, "plain", form, 512),
-        linear_variant(target, bf16, 1),
-        linear_variant(target, bf16, 4),
-        *elementwise_variants(target, bf16),
+        down_variant("norm, rank 2 x 128, two batches, fp32", target, fp32, norm=True, ranks=256, batches=2, pair="*fp16"),
+        add_variant(target, "*fp32"),
+        *(e4m3_variants(target) if target.e4m3_dot else int8_variants(target)),
+        *nvfp4_variants(target),
+        *norm_variants(target, bf16),
+        *dotless_variants(bf16, target),
     ]
-    return found
 
 
 def spilled(compiled, target: Target) -> int:
@@ -262,10 +306,10 @@ def check(variant: Variant, target: Target) -> dict:
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
     text = compiled.asm["amdgcn" if target.name.startswith("gfx") else "ptx"]
-    wanted = variant.instruction
     return row | {
-        "instruction": wanted, "found": wanted is None or re.search(wanted, text) is not None, "spilled": spilled(compiled, target),
-        "shared": compiled.metadata.shared, "limit": target.shared, "seconds": round(time.time() - start, 2),
+        "instructions": variant.instructions, "missing": [wanted for wanted in variant.instructions if not re.search(wanted, text)],
+        "spilled": spilled(compiled, target), "shared": compiled.metadata.shared, "limit": target.shared,
+        "seconds": round(time.time() - start, 2),
     }  # fmt: skip
 
 

@@ -1,0 +1,131 @@
+"""CUDA graphs of blocks: what a block launches, recorded once and replayed with one call.
+
+A block is some thirty launches. A fast GPU runs them in less time than Python needs to issue them, so a whole step would wait for the CPU.
+A recorded block reads and writes fixed addresses: its inputs are copied into buffers that all blocks share, its results copied out of them
+(2 % of a step at 1024 x 1024), so that no tensor outside ever changes behind its holder's back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+ROOM = 2 << 30  # free bytes below which nothing is recorded: a recorded block's memory cannot be used by anything else
+
+
+@dataclass(eq=False)
+class Recorded:
+    """A block's graph, and what has to be the same for it to be right: see Graphs.run."""
+
+    key: tuple
+    graph: torch.cuda.CUDAGraph
+
+
+class Graphs:
+    """The recorded blocks of one model. They share one memory pool and one set of buffers, because they run one after another."""
+
+    def __init__(self) -> None:
+        self.off = False
+        self.release()
+
+    def __reduce__(self) -> tuple:
+        return Graphs, ()  # a copied model records its own
+
+    def release(self) -> None:
+        """Forgets every recorded block and gives its memory back."""
+        self._seen: dict[nn.Module, tuple] = {}
+        self._recorded: dict[nn.Module, Recorded] = {}
+        self._arena: dict[str, Tensor] = {}
+        self._pool = self._stream = None
+
+    def trim(self, device: torch.device) -> None:
+        """Gives the memory back if others may need it. Between samplings."""
+        if self._recorded and not room(device):
+            self.release()
+
+    def run(self, block: nn.Module, key: tuple, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> tuple[Tensor, ...]:
+        """work(*inputs): its results are of the shapes and types of the first `results` inputs, which it leaves alone.
+
+        key: everything else that work depends on (addresses of weights, modes). The first run with a key is an ordinary one, so that
+        kernels are compiled and plans are made; the second is recorded.
+        """
+        key = (*key, *((t.shape, t.dtype, t.device) for t in inputs))
+        recorded = self._recorded.get(block)
+        if recorded is None or recorded.key != key:
+            if self.off or self._seen.get(block) != key or not room(inputs[0].device):
+                self._seen[block] = key
+                return work(*inputs)
+            recorded = self._record(block, key, inputs, results, work)
+            if recorded is None:
+                return work(*inputs)
+        buffers = self._buffers(inputs, results)
+        torch._foreach_copy_(buffers, list(inputs))
+        recorded.graph.replay()
+        return tuple(buffer.clone() for buffer in buffers[:results])
+
+    def _record(self, block: nn.Module, key: tuple, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> Recorded | None:
+        """Records the block; None, and never again, where something in it cannot be recorded."""
+        buffers = self._buffers(inputs, results)
+        graph, device = torch.cuda.CUDAGraph(), inputs[0].device
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    torch._foreach_copy_(buffers[:results], list(work(*buffers)))
+                finally:
+                    graph.capture_end()
+        except torch.OutOfMemoryError:
+            self.release()
+            return None
+        except Exception as error:
+            self.off = True
+            self.release()
+            log.info("Blocks are not recorded as CUDA graphs here (%s: %s).", type(error).__name__, str(error).splitlines()[0])
+            return None
+        torch.cuda.current_stream(device).wait_stream(self._stream)
+        self._recorded[block] = Recorded(key, graph)
+        return self._recorded[block]
+
+    def _buffers(self, inputs: Sequence[Tensor], results: int) -> list[Tensor]:
+        """Tensors at fixed addresses shaped like the inputs: results lie in one arena, the other inputs in another."""
+        found = [*self._carve("results", inputs[:results]), *self._carve("inputs", inputs[results:])]
+        return found
+
+    def _carve(self, name: str, like: Sequence[Tensor]) -> list[Tensor]:
+        sizes = [-(-t.numel() * t.element_size() // 256) * 256 for t in like]
+        arena = self._arena.get(name)
+        if arena is None or arena.numel() < sum(sizes) or arena.device != like[0].device:
+            if arena is not None:  # what was recorded looks at the old one
+                self._recorded.clear()
+            with torch.inference_mode(False):
+                arena = self._arena[name] = torch.empty(sum(sizes), dtype=torch.uint8, device=like[0].device)
+        views, at = [], 0
+        for t, size in zip(like, sizes, strict=True):
+            views.append(arena[at : at + t.numel() * t.element_size()].view(t.dtype).view(t.shape))
+            at += size
+        return views
+
+
+def room(device: torch.device) -> bool:
+    """Whether there is memory to spare for recorded blocks."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > ROOM
+
+
+def may_record(device: torch.device) -> bool:
+    """Whether a call now may be recorded or replayed at all: nothing is traced, differentiated or being recorded already."""
+    return (
+        device.type == "cuda"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+    )
