@@ -16,7 +16,7 @@ from .rounding import e4m3_byte, storable
 from .targets import interpreting, launch_device, target_for
 from .w4_matmul_triton import e4m3_weights
 
-ROWS, SLICES = 8, 8  # a program expands 8 outputs x 8 slices of 128 inputs
+ROWS = 8  # outputs a program expands
 
 
 @triton.jit
@@ -100,12 +100,13 @@ def expand_weight_triton(part: PartView, form: str, dtype: torch.dtype | None = 
     table: Tensor | None = None
     if form != "plain":
         table = torch.empty((cols // 128, rows) if form == "e4m3" else (rows,), dtype=torch.float32, device=device)
+    slices = 4 if form == "half" and cols < 8192 else 8  # of 128 inputs, a program
     with launch_device(device):
-        _expand_weight[(rows // ROWS, triton.cdiv(cols // 128, SLICES))](
+        _expand_weight[(rows // ROWS, triton.cdiv(cols // 128, slices))](
             part.codes,
             part.scales.view(torch.uint8) if form == "plain" else part.scales,  # Triton has no e4m3 type below sm_89
             values.view(torch.uint8) if form == "e4m3" else values, values if table is None else table, rows, cols,
-            FORM=form, GROUPS=triton.next_power_of_2(cols // 64) if form == "half" else 1, BN=ROWS, S=SLICES,
+            FORM=form, GROUPS=triton.next_power_of_2(cols // 64) if form == "half" else 1, BN=ROWS, S=slices,
             PTX=target_for(device).name.startswith("sm_"), EMULATE=interpreting(), num_warps=4,
         )  # fmt: skip
     return ExpandedWeight(values, ratio=table if form == "e4m3" else None, scale=table if form == "half" else None)

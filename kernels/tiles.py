@@ -97,7 +97,7 @@ def wide_bands(target: Target, kind: str, rows: int, n: int) -> list[tuple[int, 
     tiles = across * -(-rows // tile.bm)
     rounds, left = divmod(tiles, max(target.multiprocessors, 1))
     whole = rounds * target.multiprocessors // across * tile.bm  # rows that full rounds make
-    if tile.bm < 256 or not 1 <= rounds <= 16 or left == 0 or left > target.multiprocessors // 2 or not 0 < whole < rows:
+    if tile.bm < 256 or not 1 <= rounds <= 8 or left == 0 or left > target.multiprocessors // 2 or not 0 < whole < rows:
         return [(0, rows, tile)]
     return [(0, whole, tile), (whole, rows, _LAST_ROWS)]
 
@@ -105,4 +105,4 @@ def wide_bands(target: Target, kind: str, rows: int, n: int) -> list[tuple[int, 
 def linear_tile(target: Target, rows: int) -> Tile:
     """w4a16_linear: bm tokens share one pass over the weights."""
     bm = 1 if rows == 1 else 2 if rows == 2 else 4
-    return Tile(bn=8, bm=bm, bk=512, warps=2, stages=1)
+    return Tile(bn=4, bm=bm, bk=1024, warps=1, stages=1)

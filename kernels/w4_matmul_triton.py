@@ -153,7 +153,7 @@ def finish(
     tl.store(out + at, storable(y, DTYPE, EMULATE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_batch", "gelu_from", "seg1", "seg2", "seg3"])
 def _w4_matmul(
     x, x_scales, lowrank, codes, scales, up, channel_scale, shift_bias, bias, out, residual, gate,
     M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3,

@@ -6,6 +6,8 @@ added up across lanes once at the end.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,13 +20,13 @@ from .tiles import linear_tile
 
 
 @triton.jit
-def _weights(bits, scales, zeros, n, group, live, NP):
+def _weights(bits, scales, zeros, n, group, NP):
     """fp32 [BN, 64] of one group: code * scale + zero, bits = code << 19.
 
     The code goes into the top of the mantissa of 16 + code, because conversions of integers are slow; 16 * scale is taken off the zero.
     """
-    scale = tl.load(scales + group * NP + n, mask=live, other=0.0).to(tl.float32)
-    zero = tl.load(zeros + group * NP + n, mask=live, other=0.0).to(tl.float32)
+    scale = tl.load(scales + group * NP + n).to(tl.float32)
+    zero = tl.load(zeros + group * NP + n).to(tl.float32)
     return (bits | 0x41800000).to(tl.float32, bitcast=True) * scale[:, None] + (zero - 16.0 * scale)[:, None]
 
 
@@ -33,7 +35,7 @@ def _w4a16_linear(
     x, codes, scales, zeros, bias, out, M, N, NP, K, KP, x_row, x_col,
     HAS_BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """A step takes S slices of 128 of K, whose loads are in flight together."""
+    """A step takes S slices of 128 of K, whose loads are in flight together; S divides KP / 128."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     j = tl.arange(0, 64)
@@ -42,13 +44,11 @@ def _w4a16_linear(
     for first in range(0, KP, 128 * S):
         for s in tl.static_range(S):
             k = first + 128 * s
-            live = (n >= 0) & (k < KP)
-            at = codes + n.to(tl.int64)[:, None] * (KP // 2) + (k // 2 + j)[None, :]
-            packed = tl.load(at, mask=live[:, None] & (j >= 0)[None, :], other=0).to(tl.int32)
+            packed = tl.load(codes + n.to(tl.int64)[:, None] * (KP // 2) + (k // 2 + j)[None, :]).to(tl.int32)
             for half in tl.static_range(2):
                 cols = k + 64 * half + j
                 bits = (packed & 15) << 19 if half == 0 else (packed & 240) << 15
-                w = _weights(bits, scales, zeros, n, k // 64 + half, live, NP)
+                w = _weights(bits, scales, zeros, n, k // 64 + half, NP)
                 mask = (rows < M)[:, None] & (cols < K)[None, :]
                 v = tl.load(x + row_at + cols[None, :] * x_col, mask=mask, other=0.0).to(tl.float32)
                 acc += w[None, :, :] * v[:, None, :]
@@ -70,7 +70,7 @@ def w4a16_linear_triton(x: Tensor, part: PartView, bias: Tensor | None) -> Tenso
         _w4a16_linear[(triton.cdiv(spec.n, tile.bn), triton.cdiv(rows, tile.bm))](
             x, part.codes, part.scales, part.zeros, out if bias is None else bias.contiguous(), out,
             rows, spec.n, spec.n_padded, spec.k, spec.k_padded, x.stride(0), x.stride(1),
-            HAS_BIAS=bias is not None, BN=tile.bn, BM=tile.bm, S=tile.bk // 128, EMULATE=interpreting(),
+            HAS_BIAS=bias is not None, BN=tile.bn, BM=tile.bm, S=math.gcd(tile.bk, spec.k_padded) // 128, EMULATE=interpreting(),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

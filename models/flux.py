@@ -212,13 +212,16 @@ def addresses(block: nn.Module, device: torch.device) -> tuple[int, ...] | None:
 
 
 def recorded(block: nn.Module, compute: str, inputs: list[Tensor], results: int, work: Callable[..., tuple]) -> tuple[Tensor, ...]:
-    """work(*inputs), recorded as a CUDA graph where the runtime keeps them and nothing of the block is brought from elsewhere."""
+    """work(*inputs, out), recorded as a CUDA graph where the runtime keeps them and nothing of the block is brought from elsewhere.
+
+    out: for each result where to write it, or None.
+    """
     graphs, device = block.runtime.graphs, inputs[0].device
     if graphs is None or not may_record(device) or not target_for(device).copy_engine:  # slower GPUs wait for nobody
-        return work(*inputs)
+        return work(*inputs, [None] * results)
     weights = addresses(block, device)
     if weights is None:
-        return work(*inputs)
+        return work(*inputs, [None] * results)
     return graphs.run(block, (compute, block.runtime.attention_in_use(), *weights), inputs, results, work)
 
 
@@ -255,8 +258,8 @@ class DoubleBlock(nn.Module):
         compute = compute_mode(options, img.device)
         if not looked_into(vec, pe, attn_mask, modulation_dims_img or modulation_dims_txt, options):
 
-            def fused(img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
-                return self._fused(img, txt, vec, pe, compute, options)
+            def fused(img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, out: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+                return self._fused(img, txt, vec, pe, compute, options, out)
 
             return recorded(self, compute, [img, txt, vec, pe], 2, fused)
         (img_mod1, img_mod2), (txt_mod1, txt_mod2) = (self.img_mod(vec), self.txt_mod(vec)) if isinstance(vec, Tensor) else vec
@@ -298,12 +301,14 @@ class DoubleBlock(nn.Module):
 
     # -- fused path ---------------------------------------------------------------------------------------------------------------
 
-    def _fused(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict) -> tuple[Tensor, Tensor]:
+    def _fused(
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict, out: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
         (img_mod1, img_mod2), (txt_mod1, txt_mod2) = self.img_mod(vec), self.txt_mod(vec)
         attn = self._fused_attention(img, txt, img_mod1, txt_mod1, pe, compute, options)
         n = txt.shape[1]
-        img = self._fused_finish("img", img, attn[:, n:], img_mod1, img_mod2, compute)
-        txt = self._fused_finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, compute)
+        img = self._fused_finish("img", img, attn[:, n:], img_mod1, img_mod2, compute, out[0])
+        txt = self._fused_finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, compute, out[1])
         return img, finite(txt)
 
     def _fused_attention(self, img: Tensor, txt: Tensor, img_mod: Mod, txt_mod: Mod, pe: Tensor, compute: str, options: dict) -> Tensor:
@@ -314,11 +319,11 @@ class DoubleBlock(nn.Module):
             qk_normed_(qkv[:, at], stream.norm, self.num_heads, pe[:, :, at])
         return self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options)
 
-    def _fused_finish(self, s: str, x: Tensor, attn: Tensor, mod1: Mod, mod2: Mod, compute: str) -> Tensor:
+    def _fused_finish(self, s: str, x: Tensor, attn: Tensor, mod1: Mod, mod2: Mod, compute: str, out: Tensor | None) -> Tensor:
         proj, mlp = getattr(self, f"{s}_attn").proj, getattr(self, f"{s}_mlp")
         x = proj.run(attn, compute, ending=_residual(x, mod1.gate))
         h = mlp[0].run(x, compute, norm=_norm(x, mod2), ending=Ending(gelu_from=0))
-        return mlp[2].run(h, compute, ending=_residual(x, mod2.gate))
+        return mlp[2].run(h, compute, ending=_residual(x, mod2.gate), out=out)
 
 
 class SingleBlock(nn.Module):
@@ -350,8 +355,8 @@ class SingleBlock(nn.Module):
         inner = 3 * self.hidden_size
         if not looked_into(vec, pe, attn_mask, modulation_dims, options):
 
-            def fused(x: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor]:
-                return (self._fused(x, vec, pe, compute, options),)
+            def fused(x: Tensor, vec: Tensor, pe: Tensor, out: list[Tensor | None]) -> tuple[Tensor]:
+                return (self._fused(x, vec, pe, compute, options, out[0]),)
 
             return recorded(self, compute, [x, vec, pe], 1, fused)[0]
         mod = self.modulation(vec)[0] if isinstance(vec, Tensor) else vec
@@ -362,14 +367,14 @@ class SingleBlock(nn.Module):
         h = torch.cat((attn, F.gelu(y[..., inner:], approximate="tanh")), 2)
         return finite(gated(x, self.linear2(h, compute), mod.gate, modulation_dims))
 
-    def _fused(self, x: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict) -> Tensor:
+    def _fused(self, x: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict, out: Tensor | None) -> Tensor:
         mod, inner = self.modulation(vec)[0], 3 * self.hidden_size
         y = self.linear1.run(x, compute, norm=_norm(x, mod), ending=Ending(gelu_from=inner))
         qk_normed_(y[..., :inner], self.norm, self.num_heads, pe)
         attn = self.runtime.attend(*heads_first(y[..., :inner], self.num_heads), self.num_heads, None, options)
         parts = [attn, y[..., inner:]]
         del y, attn  # linear2 empties the list: at full size these two are most of the step's memory
-        return finite(self.linear2.run(parts, compute, ending=_residual(x, mod.gate)))
+        return finite(self.linear2.run(parts, compute, ending=_residual(x, mod.gate), out=out))
 
 
 # -- from a checkpoint ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 A block is some thirty launches. A fast GPU runs them in less time than Python needs to issue them, so a whole step would wait for the CPU.
 A recorded block reads and writes fixed addresses: its inputs are copied into buffers that all blocks share, its results copied out of them
-(2 % of a step at 1024 x 1024), so that no tensor outside ever changes behind its holder's back.
+(2 % of a step at 1024 x 1024 on an H200), so that no tensor outside ever changes behind its holder's back.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Graphs:
             self.release()
 
     def run(self, block: nn.Module, key: tuple, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> tuple[Tensor, ...]:
-        """work(*inputs): its results are of the shapes and types of the first `results` inputs, which it leaves alone.
+        """work(*inputs, out): its results are of the shapes and types of the first `results` inputs, which it leaves alone; it may write
+
+        them to the tensors in the list `out`, where those are not None.
 
         key: everything else that work depends on (addresses of weights, modes). The first run with a key is an ordinary one, so that
         kernels are compiled and plans are made; the second is recorded.
@@ -60,18 +62,17 @@ class Graphs:
         if recorded is None or recorded.key != key:
             if self.off or self._seen.get(block) != key or not room(inputs[0].device):
                 self._seen[block] = key
-                return work(*inputs)
+                return work(*inputs, [None] * results)
             recorded = self._record(block, key, inputs, results, work)
             if recorded is None:
-                return work(*inputs)
-        buffers = self._buffers(inputs, results)
-        torch._foreach_copy_(buffers, list(inputs))
+                return work(*inputs, [None] * results)
+        torch._foreach_copy_(self._carve("inputs", inputs), list(inputs))
         recorded.graph.replay()
-        return tuple(buffer.clone() for buffer in buffers[:results])
+        return tuple(buffer.clone() for buffer in self._carve("results", inputs[:results]))
 
     def _record(self, block: nn.Module, key: tuple, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> Recorded | None:
         """Records the block; None, and never again, where something in it cannot be recorded."""
-        buffers = self._buffers(inputs, results)
+        buffers, out = self._carve("inputs", inputs), self._carve("results", inputs[:results])
         graph, device = torch.cuda.CUDAGraph(), inputs[0].device
         if self._pool is None:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -80,7 +81,9 @@ class Graphs:
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    torch._foreach_copy_(buffers[:results], list(work(*buffers)))
+                    for made, wanted in zip(work(*buffers, out), out, strict=True):
+                        if made.data_ptr() != wanted.data_ptr():
+                            wanted.copy_(made)
                 finally:
                     graph.capture_end()
         except torch.OutOfMemoryError:
@@ -95,12 +98,8 @@ class Graphs:
         self._recorded[block] = Recorded(key, graph)
         return self._recorded[block]
 
-    def _buffers(self, inputs: Sequence[Tensor], results: int) -> list[Tensor]:
-        """Tensors at fixed addresses shaped like the inputs: results lie in one arena, the other inputs in another."""
-        found = [*self._carve("results", inputs[:results]), *self._carve("inputs", inputs[results:])]
-        return found
-
     def _carve(self, name: str, like: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors shaped like these, one behind the other at a fixed address."""
         sizes = [-(-t.numel() * t.element_size() // 256) * 256 for t in like]
         arena = self._arena.get(name)
         if arena is None or arena.numel() < sum(sizes) or arena.device != like[0].device:

@@ -127,11 +127,10 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segme
     types |= dict.fromkeys(("x_scales", "lowrank", "channel_scale", "shift_bias"), "*fp32")
     types |= {"codes": "*u8", "scales": "*u8" if kind == "plain" else "*bf16", "up": "*bf16"}
     types |= dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
-    single = {"M": 1, "rows_per_batch": 1} if rows == 1 else {}  # Triton makes constants of arguments that are 1
     constants = {
         "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": matmul.rank_step(rank, 32),
         "SEGMENTS": segments, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": matmul.GROUP_M,
-        "PTX": target.name.startswith("sm_"), "EMULATE": False, **{n: bool(flags.get(n)) for n in SWITCHES}, **single,
+        "PTX": target.name.startswith("sm_"), "EMULATE": False, **{n: bool(flags.get(n)) for n in SWITCHES},
     }  # fmt: skip
     wanted = instruction(target, "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "bf16")
     return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, (wanted,))
@@ -163,14 +162,14 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1
     return [band(tile) for _, _, tile in wide_bands(replace(target, multiprocessors=132), kind, 4608, 3072)]
 
 
-def expand_variant(form: str, target: Target, scales: str) -> Variant:
+def expand_variant(form: str, target: Target, scales: str, k: int) -> Variant:
     stored = {"e4m3": "*u8", "half": "*fp16", "plain": "*bf16"}[form]
     types = {"codes": "*u8", "scales": scales, "NP": "i32", "KP": "i32", "out": stored, "table": "*fp32"}
     constants = {
-        "FORM": form, "PTX": target.name.startswith("sm_"), "GROUPS": 256 if form == "half" else 1, "BN": expand.ROWS, "S": expand.SLICES,
-        "EMULATE": False,
+        "FORM": form, "PTX": target.name.startswith("sm_"), "GROUPS": triton.next_power_of_2(k // 64) if form == "half" else 1,
+        "BN": expand.ROWS, "S": 4 if form == "half" and k < 8192 else 8, "EMULATE": False,
     }  # fmt: skip
-    return Variant(f"expand_weight {form}", expand._expand_weight, types, constants, 4, 3, ())
+    return Variant(f"expand_weight {form}, K {k}", expand._expand_weight, types, constants, 4, 3, ())
 
 
 def linear_variant(target, dtype, rows) -> Variant:
@@ -225,8 +224,9 @@ def e4m3_variants(target: Target) -> list[Variant]:
         *wide_variants("fast, fp16", target, fp16, "row", pair="fp16", HAS_SHIFT=True, **endings),
         *wide_variants("exact, gelu", target, bf16, "half", segments=2, GELU=True),
         *wide_variants("exact, fp16, gate", target, fp16, "half", pair="fp16", **endings),
-        expand_variant("e4m3", target, "*bf16"),
-        expand_variant("half", target, "*fp16"),
+        expand_variant("e4m3", target, "*bf16", 3072),
+        expand_variant("half", target, "*bf16", 3072),
+        expand_variant("half", target, "*fp16", 12288),
     ]
 
 
@@ -258,7 +258,7 @@ def nvfp4_variants(target: Target) -> list[Variant]:
     if nvidia:
         found += wide_variants("nvfp4, gate", target, bf16, "plain", rank=128, **endings)
         found += wide_variants("nvfp4, gelu", target, fp16, "plain", rank=128, segments=2, HAS_CHANNEL=True, GELU=True)
-        found.append(expand_variant("plain", target, "*u8"))
+        found.append(expand_variant("plain", target, "*u8", 3072))
     return found
 
 

@@ -13,13 +13,17 @@ from tonfa.kernels.layout import SHIFT, LogicalLinear, dense_bias, dense_weight,
 from tonfa.kernels.norm_modulate import Norm
 from tonfa.kernels.smooth_quantize import smooth_quantize
 from tonfa.kernels.smooth_quantize_torch import smooth_quantize_torch
-from tonfa.kernels.w4_matmul import w4_matmul
+from tonfa.kernels.targets import cuda_target, hip_target, target_for
+from tonfa.kernels.tiles import Tile, wide_bands
+from tonfa.kernels.w4_matmul import quantize_for, takes_wide, w4_matmul
 from tonfa.kernels.w4_matmul_torch import dequantized_input, dequantized_weight, w4_matmul_torch
 
 from .make_layers import packed_view, random_layer
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DATA = Path(__file__).parents[1] / "data"
+KINDS = [(kind, mode) for kind in ("int8", "int8 unsigned", "e4m3", "e4m3 unsigned", "nvfp4") for mode in ("exact", "fast")]
+KINDS += [("half", "exact"), ("half unsigned", "exact")]
 GOLDENS = [p.stem for p in sorted(DATA.glob("int4_*")) + sorted(DATA.glob("nvfp4_*"))]
 
 
@@ -65,15 +69,15 @@ def test_golden_weights_and_results(name):
         torch.testing.assert_close(weight, dense_weight4(layer), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("mode, wide", [("exact", False), ("exact", True), ("fast", False)])
 @pytest.mark.parametrize("form", ["int8", "e4m3"])
 @pytest.mark.parametrize("name", GOLDENS)
-def test_golden_through_both_ops(interpreter, name, form, mode):
+def test_golden_through_both_ops(interpreter, name, form, mode, wide):
     """Both kernels on the golden input: only activation rounding may stand between them and upstream's result."""
     layer, t = golden_layer(name)
     view = packed_view(layer, form)
     out = torch.full((8, layer.n), float("nan"))
-    w4_matmul(smooth_quantize(t["x"], view, mode), view, layer.bias, out)
+    w4_matmul(smooth_quantize(t["x"], view, mode, wide=wide), view, layer.bias, out)
     error = relative(out, t["expected.y_weight_only"])
     limit = {"exact": 0.18, "fast": 0.04}[mode]  # the golden smooth vectors are random, so exact is worse than on calibrated ones
     if mode == "fast" and layer.precision == "nvfp4":
@@ -83,17 +87,21 @@ def test_golden_through_both_ops(interpreter, name, form, mode):
         assert error > 1e-3, "codes cannot be this good: the activations were not quantised"
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-@pytest.mark.parametrize("kind", ["int8", "int8 unsigned", "e4m3", "e4m3 unsigned", "nvfp4"])
+def layer_and_view(kind: str, n: int, k: int, rank: int, segments, pair=BF16):
+    nvfp4 = kind == "nvfp4"
+    layer = random_layer(
+        "nvfp4" if nvfp4 else "int4", n, k, rank, act_unsigned="unsigned" in kind, segments=segments, channel_scale=nvfp4, scale_dtype=pair
+    )
+    return layer, packed_view(layer, "int8" if kind.startswith("int8") else "e4m3")
+
+
+@pytest.mark.parametrize("kind, mode", KINDS)
 def test_oracle_is_the_formula(kind, mode):
     torch.manual_seed(0)
-    form, unsigned = kind.split()[0], "unsigned" in kind
-    layer = random_layer(
-        "nvfp4" if form == "nvfp4" else "int4", 384, 256, 16, act_unsigned=unsigned, segments=(0, 128), channel_scale=form == "nvfp4"
-    )
-    view = packed_view(layer, "e4m3" if form == "nvfp4" else form)
+    unsigned = "unsigned" in kind
+    layer, view = layer_and_view(kind, 384, 256, 16, (0, 128))
     x = torch.randn(6, 256)
-    q = smooth_quantize_torch(x, view, mode)
+    q = smooth_quantize_torch(x, view, mode, wide="half" in kind)
     quantised = dequantized_input(q, view.spec.code_form).double()
     weight = dense_weight4(layer).double()
     if q.kind == "e4m3":  # rounded once more: test_expand_weight.py holds by how much
@@ -109,13 +117,14 @@ def test_oracle_is_the_formula(kind, mode):
     assert relative(got, dense) < {"exact": 0.22, "fast": 0.05}[mode]
 
 
-def operands(kind: str, mode: str, dtype, rows: int, *, n=200, k=192, rank=32, segments=(0,), seed=0):
-    torch.manual_seed(seed)
-    form, unsigned = kind.split()[0], "unsigned" in kind
-    nvfp4 = form == "nvfp4"
-    layer = random_layer("nvfp4" if nvfp4 else "int4", n, k, rank, act_unsigned=unsigned, segments=segments, channel_scale=nvfp4)
-    view = packed_view(layer, "e4m3" if nvfp4 else form)
-    return layer, view, smooth_quantize_torch(torch.randn(rows, k).to(dtype), view, mode)
+def operands(kind: str, mode: str, dtype, rows: int, *, n=200, k=192, rank=32, segments=(0,), pair=BF16):
+    torch.manual_seed(0)
+    layer, view = layer_and_view(kind, n, k, rank, segments, pair)
+    return layer, view, smooth_quantize_torch(torch.randn(rows, k).to(dtype), view, mode, wide="half" in kind)
+
+
+def poisoned(*shape: int, dtype=BF16) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
 
 
 def compare(q, view, bias, out, **options):
@@ -133,27 +142,102 @@ def compare(q, view, bias, out, **options):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-@pytest.mark.parametrize("kind", ["int8", "int8 unsigned", "e4m3", "e4m3 unsigned", "nvfp4"])
+@pytest.mark.parametrize("kind, mode", KINDS)
 def test_kernel_equals_oracle(interpreter, kind, mode, dtype):
     layer, view, q = operands(kind, mode, dtype, 17)
-    compare(q, view, layer.bias, torch.full((17, 200), float("nan"), dtype=dtype))
+    assert q.kind == ("half" if "half" in kind else q.kind)
+    compare(q, view, layer.bias, poisoned(17, 200, dtype=dtype))
 
 
-@pytest.mark.parametrize("kind", ["int8", "e4m3", "nvfp4"])
-@pytest.mark.parametrize("rows", [1, 5, 33, 70])
-def test_kernel_any_number_of_rows(interpreter, kind, rows):
-    layer, view, q = operands(kind, "exact", BF16, rows, n=128, k=128, rank=16)
-    compare(q, view, layer.bias.float(), torch.full((rows, 128), float("nan"), dtype=BF16))
+@pytest.mark.parametrize("kind, mode", [("int8", "exact"), ("e4m3", "exact"), ("e4m3", "fast"), ("half", "exact"), ("nvfp4", "exact")])
+@pytest.mark.parametrize("rows", [1, 5, 33, 70, 256])
+def test_kernel_any_number_of_rows(interpreter, kind, mode, rows):
+    layer, view, q = operands(kind, mode, BF16, rows, n=128, k=128, rank=16)
+    compare(q, view, layer.bias.float(), poisoned(rows, 128))
 
 
+@pytest.mark.parametrize("kind, mode", [("e4m3", "fast"), ("half", "exact"), ("nvfp4", "fast")])
 @pytest.mark.parametrize("rank", [0, 10, 48, 128, 1024])
-def test_kernel_ranks_and_segments(interpreter, rank):
-    layer, view, q = operands("e4m3", "fast", BF16, 5, n=384, rank=rank, segments=(0, 128))
-    compare(q, view, None, torch.full((5, 384), float("nan"), dtype=BF16))
+def test_kernel_ranks_and_segments(interpreter, rank, kind, mode):
+    layer, view, q = operands(kind, mode, BF16, 5, n=384, rank=rank, segments=(0, 128))
+    compare(q, view, None, poisoned(5, 384))
     if rank == 10:
         layer, view, q = operands("int8", "exact", BF16, 5, n=512, rank=rank, segments=(0, 128, 256, 384))
-        compare(q, view, layer.bias, torch.full((5, 512), float("nan"), dtype=BF16))
+        compare(q, view, layer.bias, poisoned(5, 512))
+
+
+@pytest.mark.parametrize("dtype, pair, lowrank", [(BF16, BF16, BF16), (FP16, BF16, FP32), (BF16, FP16, FP32), (FP32, BF16, FP32)])
+def test_wide_kernel_low_rank_types(interpreter, dtype, pair, lowrank):
+    """Without a bias, and with a low-rank branch ten times the rest, so that nothing hides an error of it."""
+    layer, view, q = operands("e4m3", "fast", dtype, 17, n=256, rank=48, segments=(0, 128), pair=pair)
+    assert q.lowrank.dtype == lowrank and view.up.dtype == pair
+    q.lowrank *= 10
+    out = compare(q, view, None, poisoned(17, 256, dtype=FP32))
+    ups = layer.up.double().split(128)
+    ours = torch.cat([h.double() @ up.t() for h, up in zip(q.lowrank.split(48, dim=1), ups, strict=True)], 1)
+    rest = dequantized_input(q, "e4m3").double() @ dequantized_weight(view, "e4m3").double().t()
+    assert relative(out - rest, ours) < 1e-5
+
+
+@pytest.fixture
+def wide(interpreter):
+    import tonfa.kernels.w4_matmul_wide as module
+
+    return module
+
+
+@pytest.mark.parametrize("kind, mode", [("e4m3", "fast"), ("half", "exact"), ("nvfp4", "fast")])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_wide_kernel_through_tensor_descriptors(wide, monkeypatch, kind, mode, dtype):
+    """The copy engine's form, rows that end inside a tile; NVFP4 takes this kernel from 256 rows on."""
+    rows = 261 if kind == "nvfp4" else 17
+    layer, view, q = operands(kind, mode, dtype, rows, n=384, rank=48, segments=(0, 128))
+    without = compare(q, view, layer.bias, poisoned(rows, 384, dtype=dtype))
+    made, from_tensor = [], wide.TensorDescriptor.from_tensor
+    monkeypatch.setattr(wide, "target_for", lambda device: dataclasses.replace(target_for(device), copy_engine=True))
+    monkeypatch.setattr(wide.TensorDescriptor, "from_tensor", lambda t, block: made.append(t) or from_tensor(t, block))
+    found = compare(q, view, layer.bias, poisoned(rows, 384, dtype=dtype))
+    assert len(made) == 4 and made[2] is view.up and made[3] is q.lowrank
+    assert torch.equal(found, without)
+
+
+@pytest.mark.parametrize("kind, mode, bk", [("e4m3", "fast", 128), ("half", "exact", 64)])
+def test_wide_kernel_in_two_bands(wide, monkeypatch, kind, mode, bk):
+    """The second band starts inside a batch and inside no tile of the first; every ending is told its rows."""
+    layer, view, q = operands(kind, mode, BF16, 150, n=256, rank=16, segments=(0, 128))
+    gate, residual, old = torch.randn(2, 256), torch.randn(150, 256), torch.randn(150, 256)
+    options = {"gate": gate, "residual": residual, "rows_per_batch": 110, "accumulate": True}
+    small, large, last = (Tile(128, bm, bk, 8, 3, pieces) for bm, pieces in ((64, 1), (128, 4), (32, 2)))
+    bands = [[(0, 150, small)], [(0, 128, large), (128, 150, last)]]
+    results = []
+    for chosen in bands:
+        asked = []
+        monkeypatch.setattr(wide, "wide_bands", lambda *a, chosen=chosen, asked=asked: asked.append(a) or chosen)
+        results.append(compare(q, view, layer.bias, old.clone(), **options))
+        assert asked == [(target_for("cpu"), "row" if kind == "e4m3" else "half", 150, 256)]
+    assert relative(*results) < 1e-6
+
+
+def test_wide_kernel_as_a_small_hopper_runs_it(wide, monkeypatch):
+    """Four multiprocessors: tiles of 256 rows for two full rounds, then one band of smaller ones, all through descriptors."""
+    target = dataclasses.replace(cuda_target(90), multiprocessors=4)
+    assert [band[:2] for band in wide_bands(target, "half", 1100, 256)] == [(0, 1024), (1024, 1100)]
+    layer, view, q = operands("half", "exact", BF16, 1100, n=256, k=128, rank=16)
+    monkeypatch.setattr(wide, "target_for", lambda device: target)
+    compare(q, view, layer.bias, poisoned(1100, 256), gelu_from=128)
+
+
+def test_hopper_gives_back_what_its_e4m3_sums_lose(wide, monkeypatch):
+    layer, view, q = operands("e4m3", "fast", BF16, 5, n=128, k=512, rank=0)
+    plain = w4_matmul(q, view, None, poisoned(5, 128, dtype=FP32))
+    monkeypatch.setattr(wide, "target_for", lambda device: cuda_target(90))
+    hopper = w4_matmul(q, view, None, poisoned(5, 128, dtype=FP32))
+    torch.testing.assert_close(hopper.double(), plain.double() * (1 + 4 * wide.HOPPER_E4M3_LOSS), rtol=2e-6, atol=1e-5)
+    layer, view, q = operands("half", "exact", BF16, 5, n=128, k=512, rank=0)
+    sums = [w4_matmul(q, view, None, poisoned(5, 128, dtype=FP32))]
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert relative(sums[0], w4_matmul(q, view, None, poisoned(5, 128, dtype=FP32))) < 1e-6
 
 
 def test_kernel_refuses_five_segments(interpreter):
@@ -162,19 +246,20 @@ def test_kernel_refuses_five_segments(interpreter):
         w4_matmul(q, view, None, torch.zeros(2, 640))
 
 
-@pytest.mark.parametrize("form", ["int8", "e4m3"])
-def test_kernel_minus_eight_codes_only(interpreter, form):
+@pytest.mark.parametrize("form, wide", [("int8", False), ("e4m3", False), ("e4m3", True)])
+def test_kernel_minus_eight_codes_only(interpreter, form, wide):
     layer = random_layer("int4", 128, 128, 0)
     layer = dataclasses.replace(layer, codes=torch.full_like(layer.codes, 8), scales=torch.ones_like(layer.scales))
     view = packed_view(layer, form)
     x = torch.full((2, 128), 7.0) * layer.smooth.float()
-    out = w4_matmul(smooth_quantize(x, view, "exact"), view, None, torch.zeros(2, 128))
+    out = w4_matmul(smooth_quantize(x, view, "exact", wide=wide), view, None, torch.zeros(2, 128))
     torch.testing.assert_close(out, torch.full((2, 128), -8.0 * 7 * 128), rtol=1e-5, atol=0)
 
 
-def test_kernel_endings(interpreter):
-    layer, view, q = operands("e4m3", "fast", BF16, 34, n=256, rank=16)
-    nan = torch.full((34, 256), float("nan"), dtype=BF16)
+@pytest.mark.parametrize("kind, mode", [("e4m3", "fast"), ("half", "exact"), ("int8", "fast")])
+def test_kernel_endings(interpreter, kind, mode):
+    layer, view, q = operands(kind, mode, BF16, 34, n=256, rank=16)
+    nan = poisoned(34, 256)
     compare(q, view, layer.bias, nan.clone(), gelu_from=0)
     mixed = compare(q, view, layer.bias, nan.clone(), gelu_from=128)
     plain = compare(q, view, layer.bias, nan.clone())
@@ -209,8 +294,9 @@ def test_kernel_writes_a_slice_and_nothing_else(interpreter):
     compare(q, view, layer.bias, columns.t(), gate=modulation[:, :, 1], residual=residual, rows_per_batch=3)
 
 
-def test_kernel_gives_the_same_bits_twice(interpreter):
-    layer, view, q = operands("e4m3", "exact", BF16, 17, n=128, k=256)
+@pytest.mark.parametrize("kind", ["e4m3", "half"])
+def test_kernel_gives_the_same_bits_twice(interpreter, kind):
+    layer, view, q = operands(kind, "exact", BF16, 17, n=128, k=256)
     a, b = (w4_matmul(q, view, layer.bias, torch.empty(17, 128, dtype=BF16)) for _ in range(2))
     assert torch.equal(a, b)
 
@@ -238,5 +324,55 @@ def test_misfits_are_refused():
         w4_matmul(q, view, None, out, gate=torch.zeros(1, 200), residual=out, rows_per_batch=3)
     with pytest.raises(ValueError, match="takes int4 or int8"):
         w4_matmul(q, packed_view(layer, "int8"), None, out)
+    half = operands("half", "exact", BF16, 5)[2]
+    assert torch.isfinite(w4_matmul(half, view, None, out)).all()
+    with pytest.raises(ValueError, match="of kind 'half', a int4 layer in int8 form takes int4 or int8"):
+        w4_matmul(half, packed_view(layer, "int8"), None, out)
+    with pytest.raises(ValueError, match="of kind 'half', a nvfp4 layer in e2m1 form takes plain"):
+        w4_matmul(half, packed_view(random_layer("nvfp4", 200, 192)), None, out)
     with pytest.raises(ValueError, match="256 columns, the layer has 384"):
         w4_matmul(q, packed_view(random_layer("int4", 200, 384)), None, out)
+
+
+TARGETS = {"sm_86": cuda_target(86), "sm_89": cuda_target(89), "sm_90": cuda_target(90), "sm_120": cuda_target(120)}
+TARGETS |= {"gfx942": hip_target("gfx942"), "gfx1201": hip_target("gfx1201")}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("rows", [1, 255, 256])
+def test_quantize_for_takes_the_form_that_is_multiplied_fastest(monkeypatch, name, rows):
+    import tonfa.kernels.w4_matmul as module
+
+    monkeypatch.setattr(module, "target_for", lambda device: TARGETS[name])
+    many = rows >= 256 and name.startswith("sm_")
+    x, bf16 = torch.randn(rows, 128), random_layer("int4", 128, 128, 16)
+    for form in ("int8", "e4m3"):
+        view = packed_view(bf16, form)
+        exact, fast = quantize_for(x, view, "exact"), quantize_for(x, view, "fast")
+        assert (exact.kind, fast.kind) == ("half" if many and form == "e4m3" else "int4", form)
+        assert takes_wide(exact, view.spec, TARGETS[name]) == (many and form == "e4m3")
+        assert takes_wide(fast, view.spec, TARGETS[name]) == (form == "e4m3")
+    view = packed_view(random_layer("nvfp4", 128, 128, 16))
+    q = quantize_for(x, view, "exact")
+    assert q.kind == "plain" and takes_wide(q, view.spec, TARGETS[name]) == many
+
+
+@pytest.mark.parametrize("form", ["int8", "e4m3"])
+@pytest.mark.parametrize("outlier", [1, 50, 100])
+def test_fast_is_at_most_half_as_wrong_as_exact(form, outlier):
+    """Rounding of activations and of the unpacked weight together, against the fp64 product of the 4-bit weight; one channel larger."""
+    layer = random_layer("int4", 256, 3072, 0)
+    layer = dataclasses.replace(layer, smooth=torch.ones(3072, dtype=BF16))
+    view = packed_view(layer, form)
+    x = torch.randn(64, 3072, generator=torch.Generator().manual_seed(1))
+    x[:, 1000] *= outlier
+    x = x.to(BF16)
+    want = x.double() @ dense_weight4(layer).double().t()
+    errors = {}
+    for name, mode, wide in (("exact", "exact", False), ("exact in 16 bit", "exact", True), ("fast", "fast", False)):
+        q = smooth_quantize_torch(x, view, mode, wide=wide)
+        errors[name] = relative(w4_matmul_torch(q, view, None, torch.empty(64, 256)), want)
+    message = f"{form}, one channel x{outlier}: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+    print(message)
+    assert errors["fast"] <= 0.5 * errors["exact"], message
+    assert abs(errors["exact in 16 bit"] - errors["exact"]) < 0.01 * errors["exact"], message

@@ -1,0 +1,57 @@
+"""kernels/tiles.py: how rows of a product are shared out over tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tonfa.kernels.targets import cuda_target, hip_target
+from tonfa.kernels.tiles import down_tile, wide_bands, wide_tile
+
+H200 = replace(cuda_target(90), multiprocessors=132)
+
+
+@pytest.mark.parametrize("kind", ["half", "plain"])
+def test_flux_products_with_a_poor_last_round_end_in_smaller_tiles(kind):
+    """3072 outputs of 4608 rows: 432 tiles of 128 x 256 are three full rounds and 36 tiles."""
+    (first, second) = wide_bands(H200, kind, 4608, 3072)
+    assert first == (0, 4096, wide_tile(H200, kind)) and second[:2] == (4096, 4608)
+    assert second[2].bm * second[2].bn == first[2].bm * first[2].bn // 2
+
+
+def test_one_band_where_the_last_round_is_full_enough():
+    assert len(wide_bands(H200, "half", 4608, 9216)) == 1  # 108 tiles of 132 left
+    assert len(wide_bands(H200, "half", 4096 + 256 * 4, 3072)) == 1  # 84
+    assert len(wide_bands(H200, "half", 33 * 256, 1024)) == 1  # two rounds and none left
+    assert len(wide_bands(H200, "row", 4608, 3072)) == 1
+
+
+@pytest.mark.parametrize("kind", ["row", "half", "plain"])
+@pytest.mark.parametrize("target", [H200, replace(H200, multiprocessors=7), replace(cuda_target(100), multiprocessors=148)])
+def test_bands_cover_every_row_once(kind, target):
+    for n in (128, 1024, 3072, 9216, 12288, 21504):
+        for rows in [*range(1, 700, 37), *range(700, 20000, 997), 4352, 4608, 16384]:
+            bands = wide_bands(target, kind, rows, n)
+            assert bands[0][0] == 0 and bands[-1][1] == rows and 1 <= len(bands) <= 2
+            assert all(start < stop for start, stop, _ in bands)
+            for (_, stop, tile), (start, _, _) in zip(bands, bands[1:], strict=False):
+                assert stop == start and start % tile.bm == 0, "the first band ends with a whole tile: its last one must not cross over"
+
+
+SM_89, SM_120 = replace(cuda_target(89), multiprocessors=132), replace(cuda_target(120), multiprocessors=170)
+
+
+@pytest.mark.parametrize("target", [cuda_target(90), cuda_target(80), SM_89, SM_120])
+def test_no_bands_for_other_targets_or_an_unknown_size(target):
+    for kind in ("half", "plain"):
+        assert wide_bands(target, kind, 4608, 3072) == [(0, 4608, wide_tile(target, kind))]
+
+
+@pytest.mark.parametrize("target", [H200, cuda_target(86), cuda_target(100), hip_target("gfx942"), hip_target("gfx1100")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_pieces_of_the_low_rank_product_are_never_more_than_k_has_steps(target, dtype):
+    for k in (128, 256, 384, 3072, 12288, 15360):
+        for rows in (1, 33, 256, 4608, 65536):
+            tile = down_tile(target, dtype, rows, k)
+            assert k % tile.bk == 0 and 1 <= tile.pieces <= k // tile.bk
