@@ -3,7 +3,7 @@
     python benchmarks/make_flux_checkpoint.py OUT.safetensors [--precision int4|nvfp4] [--rank 32] [--depth 19] [--single-depth 38]
 
 The sizes, names, types and metadata are a real file's, the numbers are random but tame (weights of about 0.02, like a trained model's), so
-that time, memory and kernels can be measured where no real file can be had. Packed tensors are random in their packed form.
+that time, memory, power and kernels can be measured where no real file can be had. Codes are spread as those of quantised weights are.
 """
 
 from __future__ import annotations
@@ -46,11 +46,18 @@ class Maker:
         """Positive numbers within a factor of 1.5 of `centre`."""
         return centre * torch.exp((torch.rand(*shape, device=self.device) - 0.5) * 0.8)
 
+    def codes(self, *shape: int) -> torch.Tensor:
+        """4-bit codes as quantising normally distributed weights gives them, one a byte (uint8)."""
+        if self.precision == "int4":  # groups of 64: the largest of them, 2.7 sigma on average, becomes 7
+            return self.normal(*shape, std=2.6).round_().clamp_(-8, 7).to(torch.int8).view(torch.uint8) & 15
+        value = self.normal(*shape, std=3.0)  # groups of 16: 1.8 to 2 sigma become 6
+        between = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=self.device)
+        return torch.bucketize(value.abs(), between).to(torch.uint8) | (value < 0).to(torch.uint8) << 3
+
     def linear(self, p: str, n: int, k: int, smooth: torch.Tensor | None = None) -> None:
-        codes = torch.randint(-128, 128, (n, k // 2), device=self.device, dtype=torch.int8)
-        self.put(f"{p}.qweight", codes, None)
+        self.put(f"{p}.qweight", (self.codes(n, k // 2) | self.codes(n, k // 2) << 4).view(torch.int8), None)
         if self.precision == "int4":
-            self.put(f"{p}.wscales", self.around(k // 64, n, centre=0.02 / 4.6))
+            self.put(f"{p}.wscales", self.around(k // 64, n, centre=0.02 / 2.6))
         else:
             self.put(f"{p}.wscales", self.around(k // 16, n, centre=4.0), torch.float8_e4m3fn)
             if "qkv" in p:

@@ -91,6 +91,11 @@ def _expand_weight(
             tl.store(table + s[None, :] * NP + n[:, None], ratio, mask=(s < KP // 128)[None, :] & (n >= 0)[:, None])
 
 
+def program_slices(form: str, cols: int) -> int:
+    """Slices of 128 inputs that a program expands."""
+    return 4 if form == "half" and cols < 8192 else 8
+
+
 def expand_weight_triton(part: PartView, form: str, dtype: torch.dtype | None = None) -> ExpandedWeight:
     """Same arguments and result as expand_weight_torch."""
     rows, cols = part.spec.n_padded, part.spec.k_padded
@@ -100,7 +105,7 @@ def expand_weight_triton(part: PartView, form: str, dtype: torch.dtype | None = 
     table: Tensor | None = None
     if form != "plain":
         table = torch.empty((cols // 128, rows) if form == "e4m3" else (rows,), dtype=torch.float32, device=device)
-    slices = 4 if form == "half" and cols < 8192 else 8  # of 128 inputs, a program
+    slices = program_slices(form, cols)
     with launch_device(device):
         _expand_weight[(rows // ROWS, triton.cdiv(cols // 128, slices))](
             part.codes,

@@ -29,11 +29,15 @@ class Tile:
 _MATMUL = {
     "hopper": {"group": Tile(128, 64, 128, 8, 4), "plain": Tile(128, 128, 128, 8, 3)},
     "datacenter blackwell": {"group": Tile(64, 128, 128, 4, 4), "plain": Tile(128, 128, 128, 8, 3)},
+    "ampere": {"group": Tile(64, 128, 128, 8, 3), "plain": Tile(128, 64, 128, 8, 2)},
     "other nvidia": {"group": Tile(128, 64, 128, 8, 3), "plain": Tile(128, 64, 128, 8, 2)},
     "cdna": {"group": Tile(128, 64, 128, 4, 2), "plain": Tile(128, 64, 128, 4, 2)},
     "rdna": {"group": Tile(64, 32, 128, 8, 2), "plain": Tile(64, 32, 128, 8, 2)},
 }
 _FEW_ROWS = Tile(bn=64, bm=16, bk=128, warps=4, stages=4)  # up to 32 tokens: weights are what is read, tokens fill one matrix instruction
+
+_FAMILIES = {"sm_80": "ampere", "sm_86": "ampere", "sm_87": "ampere", "sm_90": "hopper"}
+_FAMILIES |= {"sm_100": "datacenter blackwell", "sm_103": "datacenter blackwell"}
 
 
 def _family(target: Target) -> str:
@@ -41,7 +45,7 @@ def _family(target: Target) -> str:
         return "cdna"
     if target.name.startswith("gfx"):
         return "rdna"
-    return {"sm_90": "hopper", "sm_100": "datacenter blackwell", "sm_103": "datacenter blackwell"}.get(target.name, "other nvidia")
+    return _FAMILIES.get(target.name, "other nvidia")
 
 
 def down_tile(target: Target, dtype: torch.dtype, rows: int, k: int) -> Tile:

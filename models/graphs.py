@@ -8,6 +8,7 @@ A recorded block reads and writes fixed addresses: its inputs are copied into bu
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ class Graphs:
         self._seen: dict[nn.Module, tuple] = {}
         self._recorded: dict[nn.Module, Recorded] = {}
         self._arena: dict[str, Tensor] = {}
-        self._pool = self._stream = None
+        self._copied: dict[int, tuple] = {}  # input's place -> what was last copied there
+        self._pool = self._stream = self._side = None
 
     def trim(self, device: torch.device) -> None:
         """Gives the memory back if others may need it. Between samplings."""
@@ -66,7 +68,7 @@ class Graphs:
             recorded = self._record(block, key, inputs, results, work)
             if recorded is None:
                 return work(*inputs, [None] * results)
-        torch._foreach_copy_(self._carve("inputs", inputs), list(inputs))
+        self._copy_in(inputs, results)
         recorded.graph.replay()
         return tuple(buffer.clone() for buffer in self._carve("results", inputs[:results]))
 
@@ -75,7 +77,8 @@ class Graphs:
         buffers, out = self._carve("inputs", inputs), self._carve("results", inputs[:results])
         graph, device = torch.cuda.CUDAGraph(), inputs[0].device
         if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(self._stream):
@@ -97,6 +100,30 @@ class Graphs:
         torch.cuda.current_stream(device).wait_stream(self._stream)
         self._recorded[block] = Recorded(key, graph)
         return self._recorded[block]
+
+    def side_by_side(self, work: Callable[[], object], beside: Callable[[], object]) -> tuple[object, object]:
+        """Results of both. While a block is recorded they go on two streams: the small one fills what the large one leaves idle."""
+        if not torch.cuda.is_current_stream_capturing():
+            return work(), beside()
+        main = torch.cuda.current_stream()
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            second = beside()
+        first = work()
+        main.wait_stream(self._side)
+        return first, second
+
+    def _copy_in(self, inputs: Sequence[Tensor], results: int) -> None:
+        """Inputs into their buffers; the ones that all blocks of a step share (modulation vector, positions) once a step."""
+        for i, (buffer, t) in enumerate(zip(self._carve("inputs", inputs), inputs, strict=True)):
+            mark = None
+            if i >= results:
+                mark = (weakref.ref(t), buffer.data_ptr(), 0 if t.is_inference() else t._version)
+                last = self._copied.get(i)
+                if last is not None and last[0]() is t and last[1:] == mark[1:]:
+                    continue
+            buffer.copy_(t)
+            self._copied[i] = mark
 
     def _carve(self, name: str, like: Sequence[Tensor]) -> list[Tensor]:
         """Tensors shaped like these, one behind the other at a fixed address."""

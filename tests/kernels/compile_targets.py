@@ -167,7 +167,7 @@ def expand_variant(form: str, target: Target, scales: str, k: int) -> Variant:
     types = {"codes": "*u8", "scales": scales, "NP": "i32", "KP": "i32", "out": stored, "table": "*fp32"}
     constants = {
         "FORM": form, "PTX": target.name.startswith("sm_"), "GROUPS": triton.next_power_of_2(k // 64) if form == "half" else 1,
-        "BN": expand.ROWS, "S": 4 if form == "half" and k < 8192 else 8, "EMULATE": False,
+        "BN": expand.ROWS, "S": expand.program_slices(form, k), "EMULATE": False,
     }  # fmt: skip
     return Variant(f"expand_weight {form}, K {k}", expand._expand_weight, types, constants, 4, 3, ())
 

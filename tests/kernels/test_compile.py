@@ -39,12 +39,13 @@ def compiled(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942", "gfx1100", "gfx1201"])
 def test_kernels_compile_well(compiled, target):
     rows = [row for row in compiled if row["target"] == target]
-    assert len(rows) == {"sm_75": 6, "sm_80": 23, "sm_86": 23}.get(target, 21 if target.startswith("gfx") else 28)
+    assert len(rows) == {"sm_75": 4, "sm_80": 28, "sm_86": 28, "sm_90": 44}.get(target, 25 if target.startswith("gfx") else 40)
     for row in rows:
         label = f"{target} {row['kernel']}"
         assert row["error"] is None, f"{label}: {row['error']}"
         assert not row["missing"], f"{label}: no {' and no '.join(row['missing'])} in the code"
         assert row["spilled"] == 0, f"{label}: spills {row['spilled']}"
         assert row["shared"] <= row["limit"], f"{label}: {row['shared']} bytes of shared memory, the target has {row['limit']}"
-    instructions = {row["instruction"] for row in rows if row["kernel"].startswith("w4_matmul")}
-    assert len(instructions) == (0 if target == "sm_75" else 2)  # 8-bit and bf16 operands
+    instructions = {wanted for row in rows if row["kernel"].startswith("w4_matmul") for wanted in row["instructions"]}
+    # 8 bit and bf16; fp16 in exact beside e4m3 codes (on sm_100 one instruction with bf16); tf32 of the low-rank branch, NVIDIA only
+    assert len(instructions) == {"sm_75": 0, "sm_80": 3, "sm_86": 3, "sm_100": 3}.get(target, 2 if target.startswith("gfx") else 4)

@@ -1,7 +1,11 @@
-"""kernels/rounding.py: the emulated roundings equal torch's, on every kind of number."""
+"""kernels/rounding.py: the emulated roundings equal torch's, on every kind of number; the PTX of a division is one."""
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +30,7 @@ def kernels(interpreter):
         at = tl.program_id(0) * N + tl.arange(0, N)
         v = tl.load(x + at)
         tl.store(bf16 + at, rounding.storable(v, tl.bfloat16, True))
-        tl.store(fp16 + at, rounding.rounded_finite(v, tl.float16, True))
+        tl.store(fp16 + at, rounding.rounded(tl.minimum(tl.maximum(v, -65504.0), 65504.0), tl.float16, True))
         small = tl.minimum(tl.maximum(v, -448.0), 448.0)
         tl.store(byte + at, rounding.e4m3_byte(small, True))
         tl.store(value + at, rounding.e4m3_value(tl.abs(small)))
@@ -44,3 +48,34 @@ def test_emulated_rounding_equals_torch(kernels):
     e4m3 = x.clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(byte.view(torch.float8_e4m3fn).float(), e4m3.float())
     assert torch.equal(value, e4m3.float().abs())
+
+
+def nearest(x: Fraction) -> Fraction:
+    """To fp32, for numbers far from its limits: by way of 53 bits unless those are a tie of 24."""
+    down = np.float32(float(x))
+    near = [np.nextafter(down, np.float32(-np.inf)), down, np.nextafter(down, np.float32(np.inf))]
+    return min((Fraction(float(n)) for n in near), key=lambda n: abs(n - x))
+
+
+def run_ptx(text: str, *operands: Fraction) -> Fraction:
+    """What the instructions of `divided` make of $1, $2 and $3, each rounded once."""
+    registers = {f"${i + 1}": value for i, value in enumerate(operands)}
+    steps = {"mul.rn": lambda a, b: nearest(a * b), "neg": lambda a: -a, "fma.rn": lambda a, b, c: nearest(a * b + c)}
+    for name, arguments in re.findall(r"([\w.]+)\.f32 ([^;]+);", text.replace(".reg .f32", "")):
+        target, *sources = (a.strip() for a in arguments.split(","))
+        registers[target] = steps[name](*(registers[s] for s in sources))
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ulps", [-1, 0, 1])
+def test_a_division_by_product_and_correction_is_to_nearest(dtype, ulps):
+    """16-bit numbers, with an inverse that is an ulp off: that is what rcp.approx promises."""
+    g = torch.Generator().manual_seed(0)
+    a, b = ((torch.rand(400, generator=g) + 1) * 2.0 ** torch.randint(-6, 6, (400,), generator=g) for _ in range(2))
+    for x, y in zip(a.to(dtype).tolist(), b.to(dtype).tolist(), strict=True):
+        inverse = np.float32(1 / y)
+        if ulps:
+            inverse = np.nextafter(inverse, np.float32(np.inf * ulps))
+        found = run_ptx(rounding._DIVIDED.value, Fraction(x), Fraction(y), Fraction(float(inverse)))
+        assert found == nearest(Fraction(x) / Fraction(y)), (x, y)

@@ -1,4 +1,4 @@
-"""kernels/row_statistics_triton.py in the interpreter: moments against fp64, divisions against true ones."""
+"""kernels/row_statistics_triton.py in the interpreter: moments against fp64; how rows are cut into programs."""
 
 from __future__ import annotations
 
