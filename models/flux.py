@@ -225,11 +225,6 @@ def recorded(block: nn.Module, compute: str, inputs: list[Tensor], results: int,
     return graphs.run(block, (compute, block.runtime.attention_in_use(), *weights), inputs, results, work)
 
 
-def in_turn(work: Callable[[], object], beside: Callable[[], object]) -> tuple[object, object]:
-    """Results of both."""
-    return work(), beside()
-
-
 class DoubleBlock(nn.Module):
     """Image and text streams with joint attention. Called as the host calls its own: see `forward`."""
 
@@ -310,24 +305,20 @@ class DoubleBlock(nn.Module):
         self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict, out: list[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
         n = txt.shape[1]
-        side_by_side = in_turn if self.runtime.graphs is None else self.runtime.graphs.side_by_side
-        attn, (img_mod1, img_mod2), (txt_mod1, txt_mod2) = self._fused_attention(img, txt, vec, pe, compute, options, side_by_side)
-        return side_by_side(
-            lambda: self._fused_finish("img", img, attn[:, n:], img_mod1, img_mod2, compute, out[0]),
-            lambda: finite(self._fused_finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, compute, out[1])),
-        )
+        attn, (img_mod1, img_mod2), (txt_mod1, txt_mod2) = self._fused_attention(img, txt, vec, pe, compute, options)
+        img = self._fused_finish("img", img, attn[:, n:], img_mod1, img_mod2, compute, out[0])
+        txt = self._fused_finish("txt", txt, attn[:, :n], txt_mod1, txt_mod2, compute, out[1])
+        return img, finite(txt)
 
     def _fused_attention(
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict, side_by_side: Callable[..., tuple]
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict
     ) -> tuple[Tensor, tuple[Mod, Mod], tuple[Mod, Mod]]:
         """(attention's result, the image stream's modulations, the text stream's)."""
         n = txt.shape[1]
         qkv = img.new_empty(img.shape[0], n + img.shape[1], self.txt_attn.qkv.out_features)
-        mods = side_by_side(
-            lambda: self._fused_qkv("img", img, vec, pe[:, :, n:], qkv[:, n:], compute),
-            lambda: self._fused_qkv("txt", txt, vec, pe[:, :, :n], qkv[:, :n], compute),
-        )
-        return self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options), *mods
+        img_mods = self._fused_qkv("img", img, vec, pe[:, :, n:], qkv[:, n:], compute)
+        txt_mods = self._fused_qkv("txt", txt, vec, pe[:, :, :n], qkv[:, :n], compute)
+        return self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options), img_mods, txt_mods
 
     def _fused_qkv(self, s: str, x: Tensor, vec: Tensor, pe: Tensor, out: Tensor, compute: str) -> tuple[Mod, Mod]:
         """Writes the stream's normed and turned q, k and v; returns its modulations."""

@@ -44,7 +44,7 @@ class Graphs:
         self._recorded: dict[nn.Module, Recorded] = {}
         self._arena: dict[str, Tensor] = {}
         self._copied: dict[int, tuple] = {}  # input's place -> what was last copied there
-        self._pool = self._stream = self._side = None
+        self._pool = self._stream = None
 
     def trim(self, device: torch.device) -> None:
         """Gives the memory back if others may need it. Between samplings."""
@@ -77,8 +77,7 @@ class Graphs:
         buffers, out = self._carve("inputs", inputs), self._carve("results", inputs[:results])
         graph, device = torch.cuda.CUDAGraph(), inputs[0].device
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(self._stream):
@@ -100,18 +99,6 @@ class Graphs:
         torch.cuda.current_stream(device).wait_stream(self._stream)
         self._recorded[block] = Recorded(key, graph)
         return self._recorded[block]
-
-    def side_by_side(self, work: Callable[[], object], beside: Callable[[], object]) -> tuple[object, object]:
-        """Results of both. While a block is recorded they go on two streams: the small one fills what the large one leaves idle."""
-        if not torch.cuda.is_current_stream_capturing():
-            return work(), beside()
-        main = torch.cuda.current_stream()
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
-            second = beside()
-        first = work()
-        main.wait_stream(self._side)
-        return first, second
 
     def _copy_in(self, inputs: Sequence[Tensor], results: int) -> None:
         """Inputs into their buffers; the ones that all blocks of a step share (modulation vector, positions) once a step."""

@@ -1,6 +1,6 @@
 """Every kernel compiles for every kind of GPU, with the matrix instruction it is meant to have, no spills, and shared memory that fits.
 
-The compiler runs in processes of its own (it cannot share one with the interpreter that the other kernel tests use).
+The compiler runs in processes of its own (it cannot share one with the interpreter that the other kernel tests use), one a core.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,25 +18,24 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 SCRIPT = Path(__file__).with_name("compile_targets.py")
 NVIDIA = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
-HALVES = [["sm_90", "sm_75", "sm_86", "gfx942", "gfx1201"], ["sm_80", "sm_89", "sm_100", "sm_120", "gfx1100"]]
+PAIRS = [("sm_100", "sm_80"), ("sm_120", "sm_86"), ("gfx942", "gfx1100"), ("sm_89", "gfx1201"), ("sm_90", "sm_75")]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen([sys.executable, str(SCRIPT), *half], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for half in HALVES
-    ]
-    rows = []
-    for run in runs:
-        out, err = run.communicate(timeout=280)
-        assert run.returncode == 0, err[-3000:]
-        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return rows
+
+    def run(targets: tuple[str, ...]) -> list[dict]:
+        done = subprocess.run([sys.executable, str(SCRIPT), *targets], env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(run, PAIRS) for row in rows]
 
 
+@pytest.mark.timeout(900)  # the first of them waits for all: two minutes on two idle cores
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942", "gfx1100", "gfx1201"])
 def test_kernels_compile_well(compiled, target):
     rows = [row for row in compiled if row["target"] == target]
