@@ -1,20 +1,24 @@
-"""One double and one single block at FLUX.1-dev size on a GPU: fused against plain path, two runs against each other, time.
+"""One double and one single block at FLUX.1-dev size on a GPU: fused against plain path, recorded against ordinary runs, time.
 
     python benchmarks/blocks_gpu.py CHECKPOINT.safetensors [--json FILE]     (a file of make_flux_checkpoint.py, --depth 1 --single-depth 1)
 
-4096 image and 512 text tokens. Exits 1 when fused and plain differ by more than 1e-2 (exact) or 3e-3 (fast), or two runs differ in a bit.
+4096 image and 512 text tokens. Exits 1 when fused and plain differ by more than 1e-2 (exact) or 3e-3 (fast), or a
+replayed CUDA graph differs from the ordinary run in a bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
 
 import torch
+from tonfa.kernels.targets import target_for
 from tonfa.models.flux import Flux, rope_table
 from tonfa.models.formats.checkpoint import open_checkpoint
+from tonfa.models.graphs import Graphs
 
 LIMIT = {"exact": 1e-2, "fast": 3e-3}
 PLAIN = {"optimized_attention_override": object()}
@@ -50,6 +54,9 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def check(path: str, dtype: torch.dtype, batch: int, rows: list[dict]) -> None:
     model = Flux(open_checkpoint(path), dtype, "cuda").eval()
+    graphs = Graphs()
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.runtime = dataclasses.replace(block.runtime, graphs=graphs)
     a = inputs(batch, dtype, "cuda")
     x = torch.cat((a["txt"], a["img"]), 1)
 
@@ -60,11 +67,14 @@ def check(path: str, dtype: torch.dtype, batch: int, rows: list[dict]) -> None:
 
     for mode, limit in LIMIT.items():
         options = {"tonfa": {"compute": mode}}
-        fused, again, plain = run(options), run(options), run({**options, **PLAIN})
+        graphs.release()
+        fused, again = run(options), [run(options) for _ in range(3)][-1]  # the second run is recorded, the others replayed
+        recorded, plain = len(graphs._recorded), run({**options, **PLAIN})
         for name, f, b, p in zip(("double img", "double txt", "single"), fused, again, plain, strict=True):
             row = {"file": path, "dtype": str(dtype), "batch": batch, "mode": mode, "output": name, "fused_vs_plain": relative(f, p)}
             row |= {"same_bits": torch.equal(f, b), "finite": bool(torch.isfinite(f).all()), "ms": None}
-            row["ok"] = row["fused_vs_plain"] <= limit and row["same_bits"] and row["finite"]
+            row["recorded"] = recorded == 2 or not target_for("cuda").copy_engine
+            row["ok"] = row["fused_vs_plain"] <= limit and row["same_bits"] and row["finite"] and row["recorded"]
             rows.append(row)
         rows[-3]["ms"] = milliseconds(lambda o=options: model.double_blocks[0](**a, transformer_options=o))
         rows[-1]["ms"] = milliseconds(lambda o=options: model.single_blocks[0](x, vec=a["vec"], pe=a["pe"], transformer_options=o))
