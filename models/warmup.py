@@ -62,4 +62,5 @@ def _run_block(checkpoint: FluxCheckpoint, kind: str, device: torch.device, dtyp
         block(noise(1, TOKENS, width), noise(1, TOKENS, width), noise(1, width), pe, transformer_options=options)
     for block in single:
         block(noise(1, 2 * TOKENS, width), noise(1, width), pe, transformer_options=options)
-    torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

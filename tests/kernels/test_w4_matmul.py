@@ -373,6 +373,5 @@ def test_fast_is_at_most_half_as_wrong_as_exact(form, outlier):
         q = smooth_quantize_torch(x, view, mode, wide=wide)
         errors[name] = relative(w4_matmul_torch(q, view, None, torch.empty(64, 256)), want)
     message = f"{form}, one channel x{outlier}: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
-    print(message)
     assert errors["fast"] <= 0.5 * errors["exact"], message
     assert abs(errors["exact in 16 bit"] - errors["exact"]) < 0.01 * errors["exact"], message
