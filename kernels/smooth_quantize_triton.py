@@ -191,12 +191,12 @@ def _down(
     tl.store(products + at, storable(h, products.dtype.element_ty, EMULATE), mask=(rows < M)[:, None] & (ranks < RANKS)[None, :])
 
 
-@triton.jit(do_not_specialize=["total"])
-def _add_pieces(products, out, total, PIECES: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr):
+@triton.jit(do_not_specialize=["total", "pieces"])
+def _add_pieces(products, out, total, pieces, BLOCK: tl.constexpr, EMULATE: tl.constexpr):
     """out = sum of the pieces' products, in their order; `total` numbers each."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.zeros((BLOCK,), tl.float32)
-    for piece in tl.static_range(PIECES):
+    for piece in range(pieces):
         h += tl.load(products + piece * total + at, mask=at < total, other=0.0)
     tl.store(out + at, storable(h, out.dtype.element_ty, EMULATE), mask=at < total)
 
@@ -275,6 +275,6 @@ def smooth_quantize_triton(
         )  # fmt: skip
         if tile.pieces > 1:
             _add_pieces[(triton.cdiv(rows * ranks, 1024),)](
-                products, q.lowrank, rows * ranks, PIECES=tile.pieces, BLOCK=1024, EMULATE=emulate, num_warps=4
+                products, q.lowrank, rows * ranks, tile.pieces, BLOCK=1024, EMULATE=emulate, num_warps=4
             )
     return q

@@ -19,7 +19,7 @@ from ..kernels.qk_norm_rope_torch import qk_norm_rope_torch
 from ..kernels.smooth_quantize import smooth_quantize
 from ..kernels.smooth_quantize_torch import smooth_quantize_torch
 from ..kernels.targets import code_form, triton_reason
-from ..kernels.w4_matmul import w4_matmul
+from ..kernels.w4_matmul import quantize_for, w4_matmul
 from ..kernels.w4_matmul_torch import w4_matmul_torch
 from ..kernels.w4a16_linear import w4a16_linear
 from ..kernels.w4a16_linear_torch import w4a16_linear_torch
@@ -29,6 +29,7 @@ ORACLE = 3e-3  # relative error allowed between a kernel and its oracle
 # Relative error allowed against the dense product: about twice what rounding the activations of a Gaussian input costs.
 DENSE = {"exact": 0.2, "fast": 0.06, "w4a16": 0.01}
 N, K, RANK, ROWS = 256, 384, 32, 96
+MANY_ROWS = 272  # GPUs multiply this many through other kernels
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,34 @@ def random_input(device: torch.device, rows: int = ROWS, unsigned: bool = False)
     return (F.gelu(x, approximate="tanh") if unsigned else x).bfloat16().to(device)
 
 
-def check_w4a4(device: torch.device, precision: str, mode: str, unsigned: bool) -> list[Deviation]:
-    """smooth_quantize and w4_matmul, as one linear."""
-    layer, x = random_linear(precision, unsigned), random_input(device, unsigned=unsigned)
+def check_w4a4(device: torch.device, precision: str, mode: str, unsigned: bool, rows: int = ROWS) -> list[Deviation]:
+    """quantize_for and w4_matmul, as one linear."""
+    layer, x = random_linear(precision, unsigned), random_input(device, rows, unsigned)
     part, bias = packed(layer, device), layer.bias.to(device)
-    name = f"{precision}{' after GELU' if unsigned else ''} {mode}"
-    out = torch.full((ROWS, N), float("nan"), dtype=x.dtype, device=device)
-    found = w4_matmul(smooth_quantize(x, part, mode), part, bias, out)
+    name = f"{precision}{' after GELU' if unsigned else ''} {mode}, {rows} tokens"
+    out = torch.full((rows, N), float("nan"), dtype=x.dtype, device=device)
+    q = quantize_for(x, part, mode)
+    found = w4_matmul(q, part, bias, out)
     dense = x.double().cpu() @ dense_weight(layer).double().t() + dense_bias(layer).double()
     deviations = [Deviation(f"{name} against dense", relative(found.cpu(), dense), DENSE[mode])]
     if triton_reason(device) is None:
-        oracle = w4_matmul_torch(smooth_quantize_torch(x, part, mode), part, bias, torch.empty_like(out))
+        oracle = w4_matmul_torch(smooth_quantize_torch(x, part, mode, wide=q.kind == "half"), part, bias, torch.empty_like(out))
         deviations.append(Deviation(f"{name} against oracle", relative(found, oracle), ORACLE))
     return deviations
 
 
+def sizes(device: torch.device) -> tuple[int, ...]:
+    """Numbers of tokens that take different kernels."""
+    return (ROWS, MANY_ROWS) if device.type == "cuda" else (ROWS,)
+
+
 def check_int4(device: torch.device) -> list[Deviation]:
-    return [d for unsigned in (False, True) for mode in ("exact", "fast") for d in check_w4a4(device, "int4", mode, unsigned)]
+    cases = [(mode, unsigned, rows) for unsigned in (False, True) for mode in ("exact", "fast") for rows in sizes(device)]
+    return [d for mode, unsigned, rows in cases for d in check_w4a4(device, "int4", mode, unsigned, rows)]
 
 
 def check_nvfp4(device: torch.device) -> list[Deviation]:
-    return [d for mode in ("exact", "fast") for d in check_w4a4(device, "nvfp4", mode, unsigned=False)]
+    return [d for mode in ("exact", "fast") for rows in sizes(device) for d in check_w4a4(device, "nvfp4", mode, False, rows)]
 
 
 def check_modulation(device: torch.device) -> list[Deviation]:

@@ -111,8 +111,8 @@ def down_variant(name, target, dtype, *, norm, rows=4608, k=3072, ranks=32, batc
 
 
 def add_variant(target, lowrank) -> Variant:
-    types = {"products": "*fp32", "out": lowrank, "total": "i32"}
-    constants = {"PIECES": down_tile(target, torch.bfloat16, 4608, 3072).pieces, "BLOCK": 1024, "EMULATE": False}
+    types = {"products": "*fp32", "out": lowrank, "total": "i32", "pieces": "i32"}
+    constants = {"BLOCK": 1024, "EMULATE": False}
     return Variant(f"smooth_quantize add pieces {lowrank}", quantize._add_pieces, types, constants, 4, 3, ())
 
 
