@@ -23,10 +23,9 @@ from .targets import Target, launch_device, target_for
 from .tiles import wide_bands
 from .w4_matmul_triton import check_segments, finish, launch_sizes, launch_switches, rank_step
 
-# Hopper adds e4m3 products to its accumulator with about 14 bits and truncates: sums lose this much of themselves per 128 products (H200,
-# measured over random data: 6.1e-4 at K 3072, 2.3e-3 at K 12288). It is the same in every output, so it is given back in one factor.
-HOPPER_E4M3_LOSS = 2.4e-5
-
+# Hopper adds e4m3 products to its accumulator with about 14 bits and truncates: per 128 products the sum so far loses this much of itself
+# on average (measured on an H200). It is given back at every step, because what was lost earlier depends on what the sum was then.
+HOPPER_E4M3_LOSS = 4.8e-5
 GROUP_M = {"row": 16, "half": 8, "plain": 8}
 RANKS_A_STEP = {"tf32": 32, "bf16": 16}
 
@@ -54,7 +53,8 @@ def _lowrank(
     COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """acc [BN, BM] + up @ h^T: both bf16, or in tf32, which holds 16-bit numbers exactly and fp32 ones with 11 significant bits."""
-    for r in tl.range(0, RANK, RB, num_stages=3):
+    STAGES: tl.constexpr = 1 if TF32 else 3  # pipelined, the tf32 form overwrites operands that are still read (Triton 3.6)
+    for r in tl.range(0, RANK, RB, num_stages=STAGES):
         if COPY_ENGINE:
             u = up.load([n, r])
             h = lowrank.load([m, seg * RANK + r])
@@ -105,7 +105,7 @@ def _w4_matmul_wide(
         for k in range(0, KP, 128):
             following = tl.load(table + tl.minimum(k // 128 + 1, KP // 128 - 1) * NP + n)
             acc = _dot(w_from, x_from, w_rows, x_rows, KP, k, acc, COPY_ENGINE, 128, EMULATE)
-            acc *= ratio[:, None]
+            acc *= (ratio * gain)[:, None]
             ratio = following
     else:
         for k in range(0, KP, BK):
@@ -115,7 +115,7 @@ def _w4_matmul_wide(
     if HAS_CHANNEL:
         acc *= tl.load(channel_scale + n)[:, None]
     if KIND != "plain":
-        acc *= (tl.load(x_scales + tl.minimum(m0 + tl.arange(0, BM), M - 1)) * gain)[None, :]
+        acc *= tl.load(x_scales + tl.minimum(m0 + tl.arange(0, BM), M - 1))[None, :]
     if RANK > 0:
         seg = (n0 >= seg1).to(tl.int32) + (n0 >= seg2).to(tl.int32) + (n0 >= seg3).to(tl.int32)
         acc = _lowrank(acc, up, lowrank, w_rows, x_rows, seg, SEGMENTS * RANK, RANK, RB, TF32, COPY_ENGINE, EMULATE)
@@ -150,9 +150,9 @@ def _pieces(acc, BN: tl.constexpr, BM: tl.constexpr, PIECES: tl.constexpr):
     return result
 
 
-def e4m3_gain(target: Target, k: int) -> float:
-    """What the accumulator of an e4m3 product over k inputs is multiplied by at its end."""
-    return 1.0 + HOPPER_E4M3_LOSS * (k / 128) if target.name == "sm_90" else 1.0
+def e4m3_gain(target: Target) -> float:
+    """What the accumulator of an e4m3 product is multiplied by behind every 128 inputs."""
+    return 1.0 + HOPPER_E4M3_LOSS if target.name == "sm_90" else 1.0
 
 
 def w4_matmul_wide(
@@ -196,7 +196,7 @@ def w4_matmul_wide(
                 out if table is None else table, out if q.scales is None else q.scales,
                 out if part.channel_scale is None else part.channel_scale, part.shift_bias if shift else out,
                 out if bias is None else bias.contiguous(), out, out if residual is None else residual, out if gate is None else gate,
-                e4m3_gain(target, spec.k_padded) if kind == "row" else 1.0, start, stop, *sizes,
+                e4m3_gain(target) if kind == "row" else 1.0, start, stop, *sizes,
                 KIND=kind, RB=block, BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
                 COPY_ENGINE=target.copy_engine, **switches, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip

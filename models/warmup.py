@@ -1,8 +1,8 @@
 """Compiles the kernels a model will need in threads, while its file is still being loaded.
 
-A Triton kernel compiles where it is first launched, one after the other, in seconds each: the first image would wait for all of them. So
-the first block of each kind is run once on a few tokens: what it launches is what every other block launches, and hardly a kernel depends on
-the number of tokens. Later starts find the kernels in Triton's cache on disk.
+A Triton kernel compiles where it is first launched, one after the other, in seconds each: the first image would wait for all of them.
+So the first block of each kind is run once on a few tokens: what it launches is what every other block launches, and hardly a kernel
+depends on the number of tokens. Later starts find the kernels in Triton's cache on disk.
 """
 
 from __future__ import annotations
