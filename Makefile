@@ -29,7 +29,7 @@ format: $(READY)
 	$(RUN) -m ruff format .
 
 test-units: $(READY)
-	$(RUN) -m pytest tests --ignore=tests/host $(ARGS)
+	$(RUN) -m pytest tests --ignore=tests/host -n auto --dist loadfile $(ARGS)
 
 test-host: $(READY)
 	$(RUN) tests/host_env.py test $(ARGS)
