@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..kernels import layout
 from ..kernels.norm_modulate import Norm
 from ..kernels.qk_norm_rope import qk_norm_rope_
-from ..kernels.targets import code_form, target_for
+from ..kernels.targets import code_form, target_for, triton_reason
 from .formats.checkpoint import FluxCheckpoint, HostLinear
 from .graphs import may_record
 from .linear import LARGEST_FP16, Ending, Leaf, PackedLinear, PlainLinear, normalised, parameter, resolved
@@ -217,12 +217,18 @@ def recorded(block: nn.Module, compute: str, inputs: list[Tensor], results: int,
     out: for each result where to write it, or None.
     """
     graphs, device = block.runtime.graphs, inputs[0].device
-    if graphs is None or not may_record(device) or not target_for(device).copy_engine:  # slower GPUs wait for nobody
+    if graphs is None or not may_record(device) or not only_kernels(device, inputs[0].dtype, compute):
         return work(*inputs, [None] * results)
-    weights = addresses(block, device)
-    if weights is None:
+    weights, attention = addresses(block, device), block.runtime.attention_in_use()
+    if weights is None or attention is None:
         return work(*inputs, [None] * results)
-    return graphs.run(block, (compute, block.runtime.attention_in_use(), *weights), inputs, results, work)
+    return graphs.run(block, (compute, attention, *weights), inputs, results, work)
+
+
+def only_kernels(device: torch.device, dtype: torch.dtype, compute: str) -> bool:
+    """Whether a block is nothing but launches here, on a GPU that outruns Python. Torch's paths copy tables from the host."""
+    sixteen_bit = dtype in (torch.bfloat16, torch.float16)
+    return target_for(device).copy_engine and sixteen_bit and compute in ("exact", "fast") and triton_reason(device) is None
 
 
 class DoubleBlock(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,12 @@ class Graphs:
 
     def release(self) -> None:
         """Forgets every recorded block and gives its memory back."""
-        self._seen: dict[nn.Module, tuple] = {}
-        self._recorded: dict[nn.Module, Recorded] = {}
+        # Weak, for the blocks hold this: a model that nobody uses must go at once, not when Python next looks for cycles.
+        self._seen: MutableMapping[nn.Module, tuple] = weakref.WeakKeyDictionary()
+        self._recorded: MutableMapping[nn.Module, Recorded] = weakref.WeakKeyDictionary()
         self._arena: dict[str, Tensor] = {}
         self._copied: dict[int, tuple] = {}  # input's place -> what was last copied there
+        self._layout: tuple = ()  # of the inputs that were copied
         self._pool = self._stream = None
 
     def trim(self, device: torch.device) -> None:
@@ -88,9 +90,6 @@ class Graphs:
                             wanted.copy_(made)
                 finally:
                     graph.capture_end()
-        except torch.OutOfMemoryError:
-            self.release()
-            return None
         except Exception as error:
             self.off = True
             self.release()
@@ -102,7 +101,11 @@ class Graphs:
 
     def _copy_in(self, inputs: Sequence[Tensor], results: int) -> None:
         """Inputs into their buffers; the ones that all blocks of a step share (modulation vector, positions) once a step."""
-        for i, (buffer, t) in enumerate(zip(self._carve("inputs", inputs), inputs, strict=True)):
+        buffers, layout = self._carve("inputs", inputs), tuple((t.shape, t.dtype) for t in inputs)
+        if layout != self._layout:  # other inputs lay where these go
+            self._copied.clear()
+            self._layout = layout
+        for i, (buffer, t) in enumerate(zip(buffers, inputs, strict=True)):
             mark = None
             if i >= results:
                 mark = (weakref.ref(t), buffer.data_ptr(), 0 if t.is_inference() else t._version)
@@ -117,8 +120,9 @@ class Graphs:
         sizes = [-(-t.numel() * t.element_size() // 256) * 256 for t in like]
         arena = self._arena.get(name)
         if arena is None or arena.numel() < sum(sizes) or arena.device != like[0].device:
-            if arena is not None:  # what was recorded looks at the old one
+            if arena is not None:  # what was recorded looks at the old one; a pool dies with its last graph
                 self._recorded.clear()
+                self._pool = self._stream = None
             with torch.inference_mode(False):
                 arena = self._arena[name] = torch.empty(sum(sizes), dtype=torch.uint8, device=like[0].device)
         views, at = [], 0
@@ -129,16 +133,19 @@ class Graphs:
 
 
 def room(device: torch.device) -> bool:
-    """Whether there is memory to spare for recorded blocks."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > ROOM
+    """Whether there is memory to spare for recorded blocks. What torch keeps for itself does not count: a recording cannot use it."""
+    return torch.cuda.mem_get_info(device)[0] > ROOM
 
 
 def may_record(device: torch.device) -> bool:
-    """Whether a call now may be recorded or replayed at all: nothing is traced, differentiated or being recorded already."""
+    """Whether a call now may be recorded or replayed at all: nothing is traced, differentiated or being recorded already.
+
+    torch's own allocator only: with CUDA's (cudaMallocAsync, ComfyUI's default on many GPUs) a graph keeps memory that nothing gives back.
+    """
     return (
         device.type == "cuda"
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
+        and torch.cuda.get_allocator_backend() == "native"
     )

@@ -58,7 +58,7 @@ class Runtime:
     acquire(module, device): context manager giving (weight, bias) on the device, unchanged in type; the module's own where they are there.
     check_cancel(): called once a block, outside compiled code; raises to stop.
     at_home(module, device): whether acquire gives the module's own parameters, unchanged.
-    attention_in_use(): what `attend` goes to, as something to compare by equality.
+    attention_in_use(): what `attend` goes to, as something to compare by equality; None where it may do more than compute.
     graphs: where blocks are recorded as CUDA graphs; None to leave it.
     """
 
@@ -67,5 +67,5 @@ class Runtime:
     acquire: Callable[[nn.Module, torch.device], AbstractContextManager[tuple[Tensor, Tensor | None]]] = own_tensors
     check_cancel: Callable[[], None] = lambda: None
     at_home: Callable[[nn.Module, torch.device], bool] = lies_on
-    attention_in_use: Callable[[], object] = lambda: None
+    attention_in_use: Callable[[], object] = lambda: attend
     graphs: Graphs | None = None

@@ -38,6 +38,11 @@ def chosen_attention() -> Callable:
     return general if general is not STOCK_ATTENTION else comfy.ldm.flux.math.optimized_attention
 
 
+def host_attention() -> Callable | None:
+    """The chosen attention where it is one of the host's own: another may look at the step or count its calls."""
+    return host_made(chosen_attention(), comfy.ldm.modules.attention)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -119,5 +124,5 @@ def check_cancel() -> None:
 def host_runtime() -> Runtime:
     return Runtime(
         attention=attention, attend=attend, acquire=acquire, check_cancel=check_cancel, at_home=at_home,
-        attention_in_use=chosen_attention, graphs=Graphs(),
+        attention_in_use=host_attention, graphs=Graphs(),
     )  # fmt: skip

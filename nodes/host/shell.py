@@ -157,7 +157,7 @@ def load_flux(path: str, where: Placement, disable_dynamic: bool = False, comput
     config.set_inference_dtype(dtype, None)
     model_type = comfy.model_base.ModelType.FLOW if schnell else comfy.model_base.ModelType.FLUX
     if where.load.type == "cuda":
-        comfy.model_management.free_memory(1 << 30, where.load)  # room to re-pack one layer at a time
+        comfy.model_management.free_memory(2 << 30, where.load)  # room to re-pack a layer, and to run a block of each kind
     target = where.load if where.load.type == "cuda" else torch.device("cpu")  # other back ends lack types that re-packing needs
     ready = warm_up(checkpoint, where.load, dtype, compute)
     network = functools.partial(TonfaFlux, checkpoint=checkpoint, target=target, progress=progress_bar())

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -94,7 +96,7 @@ def test_release_forgets_everything_and_copies_start_empty(graphs):
     block, work, x, y = torch.nn.Identity(), Work(), torch.randn(3, 4), torch.randn(4)
     for _ in range(2):
         graphs.run(block, (), [x, y], 1, work)
-    assert copy.deepcopy(graphs)._recorded == {}
+    assert not copy.deepcopy(graphs)._recorded
     graphs.release()
     assert not graphs._recorded and not graphs._arena
 
@@ -120,3 +122,32 @@ def test_nothing_is_recorded_on_the_cpu():
     for _ in range(3):
         assert recorded(block, "fast", [x], 1, lambda x, out: (x + 1,))[0].equal(x + 1)
     assert not block.runtime.graphs._recorded
+
+
+def test_a_model_nobody_uses_goes_at_once(graphs):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graphs = graphs
+
+    block, work, x, y = Block(), Work(), torch.randn(3, 4), torch.randn(4)
+    for _ in range(3):
+        graphs.run(block, (), [x, y], 1, work)
+    gone = weakref.ref(block)
+    gc.disable()
+    try:
+        del block
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_inputs_of_another_layout_do_not_pass_for_the_last_ones(graphs):
+    wide, narrow, work = torch.nn.Identity(), torch.nn.Identity(), Work()
+    x, y, small, other = torch.randn(2, 4), torch.randn(4), torch.randn(30, 4), torch.randn(4)
+    for _ in range(3):
+        graphs.run(narrow, (), [small, other], 1, work)
+    for _ in range(3):
+        graphs.run(wide, (), [x, y], 1, work)
+    graphs.run(narrow, (), [small, other], 1, work)
+    assert torch.equal(graphs.run(wide, (), [x, y], 1, work)[0], x * 2 + y)
