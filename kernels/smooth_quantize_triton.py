@@ -253,12 +253,14 @@ def smooth_quantize_triton(
     shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, part.smooth, rows)
     moments = part.smooth if norm is None else row_moments_triton(x, norm.eps)
     code_kind, largest = kernel_kind(kind, part, mode)
+    block = 16 if emulate and rows > 64 else 1  # the interpreter's time is programs
     with launch_device(device):
-        _quantize[(rows, triton.cdiv(kp, width + rest))](
+        _quantize[(triton.cdiv(rows, block), triton.cdiv(kp, width + rest))](
             x, part.smooth, shift, scale, row_amax, q.codes, q.codes if q.scales is None else q.scales, moments,
             rows, k, kp, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch,
             KIND=code_kind, LARGEST=largest, BYTES=part.spec.code_form == "e4m3", UNSIGNED=part.spec.act_unsigned and mode == "exact",
-            NORM=norm is not None, ONE_BATCH=True, BM=1, BK=width, REST=rest, PTX=pairs, EMULATE=emulate, num_warps=warps,
+            NORM=norm is not None, ONE_BATCH=one_batch(rows, rows_per_batch, block), BM=block, BK=width, REST=rest,
+            PTX=pairs, EMULATE=emulate, num_warps=warps,
         )  # fmt: skip
         if ranks == 0:
             return q
