@@ -34,13 +34,19 @@ def _e4m3_values(byte):
 
 
 @triton.jit
-def _pair(scales, n, s, NP, KP):
-    """Scales of the two groups of slices s [1, S] and rows n [BN, 1], fp32 [BN, S]; the larger of them, 1 for 0."""
-    live = (s < KP // 128) & (n >= 0)
-    first = tl.load(scales + (2 * s) * NP + n, mask=live, other=0.0).to(tl.float32)
-    second = tl.load(scales + (2 * s + 1) * NP + n, mask=live, other=0.0).to(tl.float32)
-    largest = tl.maximum(first, second)
-    return first, second, tl.where(largest > 0.0, largest, 1.0)
+def _scale(scales, n, group, NP, KP):
+    """fp32 scale of a group, 0 behind K."""
+    return tl.load(scales + group * NP + n, mask=(group < KP // 64) & (n >= 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _largest(scales, n, slices, NP, KP):
+    """The largest scale of the block of 256 inputs that a slice of 128 lies in, 1 for 0."""
+    first = slices // 2 * 4
+    low = tl.maximum(_scale(scales, n, first, NP, KP), _scale(scales, n, first + 1, NP, KP))
+    high = tl.maximum(_scale(scales, n, first + 2, NP, KP), _scale(scales, n, first + 3, NP, KP))
+    largest = tl.maximum(low, high)
+    return tl.where(largest > 0.0, largest, 1.0)
 
 
 @triton.jit
@@ -73,7 +79,8 @@ def _expand_weight(
             value = _e2m1_values((packed >> (4 * half)) & 15) * wide
             tl.store(out + at + half * 64, storable(value, out.dtype.element_ty, EMULATE), mask=live)
     else:
-        first, second, largest = _pair(scales, n[:, None], s[None, :], NP, KP)
+        first = _scale(scales, n[:, None], 2 * s[None, :], NP, KP)
+        second = _scale(scales, n[:, None], 2 * s[None, :] + 1, NP, KP)
         low = e4m3_weights(packed, 0, PTX).to(tl.float32)  # code * 2^-9
         high = e4m3_weights(packed, 1, PTX).to(tl.float32)
         if FORM == "half":
@@ -83,12 +90,13 @@ def _expand_weight(
             tl.store(out + at + 64, (high * (tl.div_rn(second, units) * 512.0)[:, :, None]).to(tl.float16), mask=live)
             tl.store(table + n, unit, mask=(n >= 0) & (tl.program_id(1) == 0))
         else:
+            largest = _largest(scales, n[:, None], s[None, :], NP, KP)
             tl.store(out + at, e4m3_byte(low * (tl.div_rn(first, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
             tl.store(out + at + 64, e4m3_byte(high * (tl.div_rn(second, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
-            _, _, following = _pair(scales, n[:, None], s[None, :] + 1, NP, KP)
-            last = (s == KP // 128 - 1)[None, :]
-            ratio = tl.div_rn(largest, tl.where(last, 32.0, following))
-            tl.store(table + s[None, :] * NP + n[:, None], ratio, mask=(s < KP // 128)[None, :] & (n >= 0)[:, None])
+            following = _largest(scales, n[:, None], s[None, :] + 2, NP, KP)
+            ratio = tl.div_rn(largest, tl.where((s // 2 == (KP - 1) // 256)[None, :], 32.0, following))
+            first_half = ((s % 2 == 0) & (s < KP // 128))[None, :] & (n >= 0)[:, None]
+            tl.store(table + (s // 2)[None, :] * NP + n[:, None], ratio, mask=first_half)
 
 
 def program_slices(form: str, cols: int) -> int:
@@ -104,7 +112,7 @@ def expand_weight_triton(part: PartView, form: str, dtype: torch.dtype | None = 
     values = torch.empty(rows, cols, dtype=dtype, device=device)
     table: Tensor | None = None
     if form != "plain":
-        table = torch.empty((cols // 128, rows) if form == "e4m3" else (rows,), dtype=torch.float32, device=device)
+        table = torch.empty((triton.cdiv(cols, 256), rows) if form == "e4m3" else (rows,), dtype=torch.float32, device=device)
     slices = program_slices(form, cols)
     with launch_device(device):
         _expand_weight[(rows // ROWS, triton.cdiv(cols // 128, slices))](

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .expand_weight_torch import expand_weight_torch
-from .layout import E2M1, PartView, signed_codes, unpack_nibbles
+from .layout import PartView, signed_codes
 from .norm_modulate import batch_rows
 from .smooth_quantize_torch import QuantizedInput
 
@@ -64,11 +64,10 @@ def dequantized_weight(part: PartView, kind: str = "int4") -> Tensor:
     if kind == "e4m3":
         weight = expand_weight_torch(part, "e4m3")
         scale = weight.ratio.double().flip(0).cumprod(0).flip(0).float().t()[:n]
-        return (weight.values[:n].float().view(n, -1, 128) * scale[:, :, None]).view(n, -1)
+        return weight.values[:n].float() * scale.repeat_interleave(256, 1)[:, : part.spec.k_padded]
     if part.spec.precision == "nvfp4":
-        values = torch.tensor(E2M1, device=part.codes.device)[unpack_nibbles(part.codes[:n]).int()]
-    else:
-        values = signed_codes(part)[:n].float()
+        return expand_weight_torch(part, "plain", torch.float32).values[:n]
+    values = signed_codes(part)[:n].float()
     return (values.view(n, -1, group) * part.scales.t()[:n].float()[:, :, None]).view(n, -1)
 
 

@@ -139,7 +139,7 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segme
 def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1, **flags) -> list[Variant]:
     """The product of kind "row", "half" or "plain" with 3072 outputs, in the tiles of every band."""
     tf32 = not (kind == "row" and dtype == torch.bfloat16 and pair == "bf16")
-    step = matmul.rank_step(rank, wide.RANKS_A_STEP["tf32" if tf32 else "bf16"])
+    step = matmul.rank_step(rank, wide.RANKS_A_STEP)
     element, operands = {"row": ("fp8e4nv", "e4m3"), "half": ("fp16", "fp16"), "plain": ("bf16", "bf16")}[kind]
     kernel = wide._w4_matmul_wide
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])

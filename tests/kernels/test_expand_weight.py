@@ -11,7 +11,7 @@ from tonfa.kernels.layout import code_values
 
 from .make_layers import packed_view, random_layer
 
-SHAPES = [(128, 128), (200, 192), (256, 1280)]
+SHAPES = [(128, 128), (200, 320), (256, 1280)]
 
 
 def int4(n: int, k: int, spread: float = 1.0):
@@ -25,28 +25,28 @@ def int4(n: int, k: int, spread: float = 1.0):
 
 
 def block_scales(ratio: torch.Tensor) -> torch.Tensor:
-    """[Np, Kp]: what a value of each block of 128 is multiplied by in all."""
-    return ratio.double().flip(0).cumprod(0).flip(0).t().repeat_interleave(128, 1)
+    """[Np, Kp or 128 more]: what a value of each block of 256 is multiplied by in all."""
+    return ratio.double().flip(0).cumprod(0).flip(0).t().repeat_interleave(256, 1)
 
 
 @pytest.mark.parametrize("spread", [1.0, 8.0])
 @pytest.mark.parametrize("n, k", SHAPES)
-def test_e4m3_keeps_the_larger_group_of_a_pair_exact(interpreter, n, k, spread):
+def test_e4m3_keeps_the_largest_of_four_groups_exact(interpreter, n, k, spread):
     from tonfa.kernels.expand_weight_triton import expand_weight_triton
 
     view, want = int4(n, k, spread)
     found, kernel = expand_weight_torch(view, "e4m3"), expand_weight_triton(view, "e4m3")
     assert torch.equal(kernel.values.float(), found.values.float())
     assert torch.equal(kernel.ratio, found.ratio)
-    weight = (found.values.double() * block_scales(found.ratio))[:n, :k]
+    weight = (found.values.double() * block_scales(found.ratio)[:, : found.values.shape[1]])[:n, :k]
     assert torch.isfinite(weight).all()
     groups, wanted = weight.view(n, -1, 64), want.double().view(n, -1, 64)
     scale = view.scales.t().float()[:n]
-    pairs = scale.view(n, -1, 2)
-    larger = (pairs == pairs.amax(2, keepdim=True)).view(n, -1)[:, : k // 64]
-    torch.testing.assert_close(groups[larger], wanted[larger], rtol=1e-6, atol=0)
+    blocks = torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4)).view(n, -1, 4)
+    largest = (blocks == blocks.amax(2, keepdim=True)).view(n, -1)[:, : k // 64]
+    torch.testing.assert_close(groups[largest], wanted[largest], rtol=1e-6, atol=0)
     error = float((weight - want).norm() / want.norm())
-    assert 1e-3 < error < 0.02
+    assert 1e-3 < error < 0.025
 
 
 @pytest.mark.parametrize("spread", [1.0, 16.0])
