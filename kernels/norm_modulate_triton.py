@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .norm_modulate import Norm
 from .rounding import has_pairs, storable
-from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_moments_triton
+from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_statistics_triton
 from .targets import interpreting, launch_device, target_for
 
 _BM, _BK = 4, 1024
@@ -36,7 +36,7 @@ def norm_modulate_triton(x: Tensor, norm: Norm) -> Tensor:
     out = torch.empty(rows, k, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    moments = row_moments_triton(x, norm.eps)
+    moments = row_statistics_triton(x, norm, None)
     shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, out, rows)
     with launch_device(x.device):
         _norm_modulate[(triton.cdiv(rows, _BM), triton.cdiv(k, _BK))](

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .layout import SHIFT
 from .norm_modulate import Norm
-from .rounding import divided, inverse_of, rounded_pairs
-from .targets import launch_device
+from .rounding import divided, has_pairs, inverse_of, rounded_pairs
+from .targets import interpreting, launch_device, target_for
 
 _SHIFT = tl.constexpr(SHIFT)
 
@@ -72,12 +72,6 @@ def smoothed(m, smooth, cols, K, DTYPE: tl.constexpr, UNSIGNED: tl.constexpr, PT
     return y
 
 
-def row_tile(k: int) -> tuple[int, int]:
-    """(BK, warps) of a program that holds one whole row: 32 numbers a thread."""
-    width = max(triton.next_power_of_2(k), 512)
-    return width, min(max(width // 1024, 1), 16)
-
-
 def one_batch(rows: int, rows_per_batch: int, block: int) -> bool:
     """True when every block of rows lies inside one batch."""
     return rows_per_batch >= rows or rows_per_batch % block == 0
@@ -91,24 +85,61 @@ def norm_arguments(norm: Norm | None, unused: Tensor, rows: int) -> tuple[Tensor
     return shift, scale, shift.stride(0), scale.stride(0), min(norm.rows_per_batch, rows)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _row_moments(x, out, M, K, x_row, x_col, eps, BK: tl.constexpr):
-    """One row a program, in registers: the mean is taken off before anything is squared."""
-    rows = tl.program_id(0) + tl.arange(0, 1)
+@triton.jit(do_not_specialize=["M", "rows_per_batch"])
+def _row_statistics(
+    x, smooth, shift, scale, out, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch, eps,
+    NORM: tl.constexpr, AMAX: tl.constexpr, UNSIGNED: tl.constexpr, ONE_BATCH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    REST: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Rows in registers, as BK and REST columns: the mean is taken off before anything is squared."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = rows < M
     cols = tl.arange(0, BK)
-    v = load_rows(x, rows, cols, M, K, x_row, x_col).to(tl.float32)
-    mean = tl.sum(v, axis=1) / K
-    centred = tl.where((cols < K)[None, :], v - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, axis=1) / K
-    tl.store(out + rows, mean)
-    tl.store(out + M + rows, tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps)))
+    more = BK + tl.arange(0, REST)
+    a = load_rows(x, rows, cols, M, K, x_row, x_col)
+    b = load_rows(x, rows, more, M, K, x_row, x_col)
+    if NORM:
+        mean = (tl.sum(a.to(tl.float32), axis=1) + tl.sum(b.to(tl.float32), axis=1)) / K
+        variance = (_squares(a, mean, cols, K) + _squares(b, mean, more, K)) / K
+        rstd = tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
+        tl.store(out + rows, mean, mask=live)
+        tl.store(out + M + rows, rstd, mask=live)
+    if AMAX:
+        if NORM:
+            a = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
+            b = modulated(b, mean, rstd, shift, scale, rows, more, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
+        v = smoothed(a.to(tl.float32), smooth, cols, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
+        w = smoothed(b.to(tl.float32), smooth, more, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
+        amax = tl.maximum(tl.max(tl.abs(v), axis=1), tl.max(tl.abs(w), axis=1))
+        tl.store(out + 2 * M + rows, amax, mask=live)
 
 
-def row_moments_triton(x: Tensor, eps: float) -> Tensor:
-    """fp32 [2, M]: mean and rstd of every row of x [M, K], M > 0."""
+@triton.jit
+def _squares(x, mean, cols, K):
+    """Sum of (x - mean)^2 over the columns below K."""
+    centred = tl.where((cols < K)[None, :], x.to(tl.float32) - mean[:, None], 0.0)
+    return tl.sum(centred * centred, axis=1)
+
+
+def row_tile(k: int) -> tuple[int, int, int]:
+    """(BK, REST, warps) of a program that holds whole rows of k numbers: 32 to 48 of them a thread, few lanes without one."""
+    width = max(triton.next_power_of_2(k), 512)
+    rest = max(triton.next_power_of_2(max(k - width // 2, 1)), 128)
+    return width // 2, rest, min(max(width // 2048, 1), 8)
+
+
+def row_statistics_triton(x: Tensor, norm: Norm | None, smooth: Tensor | None, unsigned: bool = False) -> Tensor:
+    """fp32 [3, M] of x [M, K], M > 0: mean and rstd of every row (with a norm), the largest |v| (with smooth); else undefined."""
     rows, k = x.shape
-    out = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-    width, warps = row_tile(k)
+    out = torch.empty(3, rows, dtype=torch.float32, device=x.device)
+    width, rest, warps = row_tile(k)
+    block = 16 if interpreting() and rows > 64 else 1  # the interpreter's time is programs
+    shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, out, rows)
     with launch_device(x.device):
-        _row_moments[(rows,)](x, out, rows, k, x.stride(0), x.stride(1), eps, BK=width, num_warps=warps)
+        _row_statistics[(triton.cdiv(rows, block),)](
+            x, out if smooth is None else smooth, shift, scale, out, rows, k, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch,
+            0.0 if norm is None else norm.eps, NORM=norm is not None, AMAX=smooth is not None, UNSIGNED=unsigned,
+            ONE_BATCH=one_batch(rows, rows_per_batch, block), BM=block, BK=width, REST=rest,
+            PTX=has_pairs(target_for(x.device)), EMULATE=interpreting(), num_warps=warps,
+        )  # fmt: skip
     return out

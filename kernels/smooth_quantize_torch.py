@@ -10,7 +10,7 @@
     precision  mode   kind    codes                                              scales
     int4       exact  "int4"  rne(v/s) in -8..7 (unsigned 0..15)                 s = amax/7 (/15), a group of 64: fp32 [Kp/64, M]
     int4       exact  "half"  fp16(code*s / u), code and s as above              u = 2^(floor(log2(amax of the row)) - 8): fp32 [M]
-    int4       fast   "e4m3"  e4m3(v/s), code form e4m3                          s = amax/448 of the row: fp32 [M]
+    int4       fast   "e4m3"  e4m3(v*(448/amax)), code form e4m3                 s = amax/448 of the row: fp32 [M]
     int4       fast   "int8"  rne(v/s) in -127..127, code form int8              s = amax/127, a group of 64: fp32 [Kp/64, M]
     nvfp4      exact  "plain" e2m1(v/s) * e4m3(s), s = min(amax/6, 448), 16s     none: the product is exact in the compute type
     nvfp4      fast   "plain" v                                                  none
@@ -156,8 +156,9 @@ def smooth_quantize_torch(
         codes = (_nvfp4_values(v) if mode == "exact" else v).to(plain_dtype(dtype))
         return QuantizedInput(kind, codes, None, lowrank, dtype)
     if kind == "e4m3":
-        scales, ratio = _scaled(v, row_amax[:, None], 448.0)
-        return QuantizedInput(kind, ratio.to(torch.float8_e4m3fn).view(torch.uint8), scales[:, 0].contiguous(), lowrank, dtype)
+        scales = divide(row_amax, 448.0)
+        factor = torch.where(scales > 0, torch.full_like(scales, 448.0) / row_amax.clamp(min=1e-30), 0.0)
+        return QuantizedInput(kind, (v * factor[:, None]).to(torch.float8_e4m3fn).view(torch.uint8), scales, lowrank, dtype)
     if kind == "int8":
         return QuantizedInput(kind, *_group_codes(v, 127, -127, 127), lowrank, dtype)
     codes, scales = _group_codes(v, 15, 0, 15) if shifted else _group_codes(v, 7, -8, 7)

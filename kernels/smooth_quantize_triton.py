@@ -1,12 +1,10 @@
 """Triton kernels of smooth_quantize; every formula and output layout is stated in smooth_quantize_torch.py.
 
-Up to four launches:
-_row_moments  with a norm only: mean and 1/std of every row (row_statistics_triton.py).
-_quantize     codes and scales. Where a row's maximum has to be found a program holds one row in registers, otherwise a piece of one.
-_down         the low-rank branch's product with down on matrix units, row blocks from the last to the first, which finds what was read last
-              still in L2. Few row blocks leave multiprocessors idle, so K is cut into pieces then.
-_add_pieces   adds the pieces' products, in a fixed order.
-_quantize and _down in one kernel would hold too few warps to hide the latency of their loads.
+Up to three launches:
+row_statistics  where there is a norm, or a row's scale needs its maximum and nobody knows it: row_statistics_triton.py.
+_quantize       codes, scales and the low-rank branch's product with down on matrix units, in one pass over x. Few row blocks leave
+                multiprocessors idle, so K is cut into pieces then.
+_add_pieces     adds the pieces' products, in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,14 +13,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .layout import PartView
 from .norm_modulate import Norm
 from .rounding import divided, dot_split, e4m3_byte, e4m3_value, has_pairs, inverse_of, rne, safe_scale, storable
-from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_moments_triton, row_tile, smoothed
+from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_statistics_triton, smoothed
 from .smooth_quantize_torch import QuantizedInput, kind_of, lowrank_dtype, plain_dtype
 from .targets import interpreting, launch_device, target_for
-from .tiles import down_tile
+from .tiles import Tile, quantize_tile
 
 
 @triton.jit
@@ -78,38 +77,37 @@ def _power_below(amax):
 
 
 @triton.jit
-def _values(
-    x, smooth, shift, scale, moments, rows, cols, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch,
-    UNSIGNED: tl.constexpr, NORM: tl.constexpr, ONE_BATCH: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """v of a tile, fp32."""
-    m = load_rows(x, rows, cols, M, K, x_row, x_col)
-    if NORM:
-        mean = tl.load(moments + rows, mask=rows < M, other=0.0)
-        rstd = tl.load(moments + M + rows, mask=rows < M, other=0.0)
-        m = modulated(m, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
-    return smoothed(m.to(tl.float32), smooth, cols, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
+def _row_scale(row_amax, scales, rows, M, KIND: tl.constexpr, FIRST):
+    """What v of every row is multiplied by, from the row's maximum; the first piece stores the row's scale."""
+    amax = tl.load(row_amax + rows, mask=rows < M, other=0.0)
+    if KIND == "half":
+        scale, factor = _power_below(amax)
+    else:
+        largest = tl.full(amax.shape, 448.0, tl.float32)
+        scale = tl.div_rn(amax, largest)
+        factor = tl.where(scale > 0.0, tl.div_rn(largest, tl.maximum(amax, 1e-30)), 0.0)
+    tl.store(scales + rows, scale, mask=(rows < M) & FIRST)
+    return factor
 
 
 @triton.jit
 def _store_codes(
-    codes, scales, v, divisor, inverse, rows, cols, group, M, KP, KIND: tl.constexpr, LARGEST: tl.constexpr, BYTES: tl.constexpr,
+    codes, scales, v, factor, rows, k, M, K8, KIND: tl.constexpr, LARGEST: tl.constexpr, BYTES: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a tile whose first group of 64 is `group`, and for integer codes the groups' scales."""
-    at = rows.to(tl.int64)[:, None] * KP + cols[None, :]
-    mask = (rows < M)[:, None] & (cols < KP)[None, :]
+    """Codes of a tile, columns k on, and for integer codes the groups' scales."""
+    at = rows.to(tl.int64)[:, None] * (K8 * 8) + (k + tl.arange(0, BK))[None, :]
+    mask = (rows < M)[:, None]
     if KIND == "plain":
         tl.store(codes + at, storable(v, codes.dtype.element_ty, EMULATE), mask=mask)
     elif KIND == "nvfp4":
         tl.store(codes + at, storable(_nvfp4(v, BM, BK, PTX, EMULATE), codes.dtype.element_ty, EMULATE), mask=mask)
     elif KIND == "e4m3":
-        b, i = tl.broadcast_to(divisor[:, None], v.shape), tl.broadcast_to(inverse[:, None], v.shape)
-        tl.store(codes + at, e4m3_byte(divided(v, b, i, PTX, EMULATE), EMULATE), mask=mask)
+        tl.store(codes + at, e4m3_byte(v * factor[:, None], EMULATE), mask=mask)
     else:
         code3, scale = _group_codes(v, LARGEST, BM, BK, PTX, EMULATE)
         if KIND == "half":
-            value = tl.reshape(code3 * scale[:, :, None], (BM, BK)) * inverse[:, None]
+            value = tl.reshape(code3 * scale[:, :, None], (BM, BK)) * factor[:, None]
             tl.store(codes + at, value.to(tl.float16), mask=mask)
         else:
             code = tl.reshape(code3, (BM, BK))
@@ -118,77 +116,69 @@ def _store_codes(
                 tl.store(codes + at, (_integer(tl.abs(code)) | sign).to(tl.uint8), mask=mask)
             else:
                 tl.store(codes + at, _integer(code).to(tl.int8), mask=mask)
-            groups = group + tl.arange(0, BK // 64)
-            inside = (rows < M)[:, None] & (groups < KP // 64)[None, :]
-            tl.store(scales + groups[None, :] * M + rows[:, None], scale, mask=inside)
+            groups = k // 64 + tl.arange(0, BK // 64)
+            tl.store(scales + groups[None, :] * M + rows[:, None], scale, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_batch"])
+@triton.jit(do_not_specialize=["M", "K8", "rows_per_batch", "steps"])
 def _quantize(
-    x, smooth, shift, scale, row_amax, codes, scales, moments, M, K, KP, x_row, x_col, shift_row, scale_row, rows_per_batch,
+    x, smooth, shift, scale, moments, row_amax, down, codes, scales, products,
+    M, K, K8, RANKS, x_row, x_col, shift_row, scale_row, rows_per_batch, steps,
     KIND: tl.constexpr, LARGEST: tl.constexpr, BYTES: tl.constexpr, UNSIGNED: tl.constexpr, NORM: tl.constexpr, ONE_BATCH: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, REST: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Program (i, j): rows i*BM.. and columns j*BK..; where a row's maximum has to be found, one row: BK columns, then REST columns."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    first = tl.program_id(1) * BK
-    cols = first + tl.arange(0, BK)
-    v = _values(
-        x, smooth, shift, scale, moments, rows, cols, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch,
-        UNSIGNED, NORM, ONE_BATCH, PTX, EMULATE,
-    )  # fmt: skip
-    if REST:
-        more = BK + tl.arange(0, REST)
-        w = _values(
-            x, smooth, shift, scale, moments, rows, more, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch,
-            UNSIGNED, NORM, ONE_BATCH, PTX, EMULATE,
-        )  # fmt: skip
-    divisor = tl.full((BM,), 1.0, tl.float32)
-    inverse = divisor
-    if KIND == "e4m3" or KIND == "half":
-        if row_amax is None:
-            amax = tl.max(tl.abs(v), axis=1)
-            if REST:
-                amax = tl.maximum(amax, tl.max(tl.abs(w), axis=1))
-        else:
-            amax = tl.load(row_amax + rows, mask=rows < M, other=0.0)
-        if KIND == "half":
-            row_scale, inverse = _power_below(amax)
-        else:
-            row_scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
-            divisor = safe_scale(row_scale)
-            inverse = inverse_of(divisor, PTX)
-        if first == 0:
-            tl.store(scales + rows, row_scale, mask=rows < M)
-    _store_codes(codes, scales, v, divisor, inverse, rows, cols, first // 64, M, KP, KIND, LARGEST, BYTES, BM, BK, PTX, EMULATE)
-    if REST:
-        _store_codes(codes, scales, w, divisor, inverse, rows, more, BK // 64, M, KP, KIND, LARGEST, BYTES, BM, REST, PTX, EMULATE)
-
-
-@triton.jit(do_not_specialize=["M", "rows_per_batch", "steps"])
-def _down(
-    x, down, shift, scale, moments, products, M, K, RANKS, x_row, x_col, shift_row, scale_row, rows_per_batch, steps,
-    NORM: tl.constexpr, ONE_BATCH: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    RB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, COPY_ENGINE: tl.constexpr,
     PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, p, j): rows i*BM.. counted from the end, `steps` times BK of K from piece p's first on, ranks j*RB.."""
-    rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM + tl.arange(0, BM)
+    """Program (i, p, j): rows i*BM.. counted from the end, `steps` times BK of K from piece p's first on, ranks j*RB.. (RB 0: no low rank).
+
+    x [M, K] and down [Kp, RANKS]: tensor descriptors with COPY_ENGINE, else pointers. Codes are [M, 8 * K8]: a stride that is a multiple of
+    8 and not of 16 as far as Triton knows lets a thread have 8 columns of many rows, whose smooth, shift and scale it then needs once.
+    """
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # what was read last is still in L2
+    rows = row + tl.arange(0, BM)
     piece = tl.program_id(1)
-    ranks = tl.program_id(2) * RB + tl.arange(0, RB)
+    codes_too = tl.program_id(2) == 0
+    factor = tl.full((BM,), 1.0, tl.float32)
+    if KIND == "e4m3" or KIND == "half":
+        factor = _row_scale(row_amax, scales, rows, M, KIND, (piece == 0) & codes_too)
     if NORM:
         mean = tl.load(moments + rows, mask=rows < M, other=0.0)
         rstd = tl.load(moments + M + rows, mask=rows < M, other=0.0)
-    h = tl.zeros((BM, RB), tl.float32)
+    if RB:
+        h = tl.zeros((BM, RB), tl.float32)
+        rank = tl.program_id(2) * RB
+        ranks = rank + tl.arange(0, RB)
     first = piece * steps * BK
-    for k in range(first, tl.minimum(first + steps * BK, K), BK):
+    for k in tl.range(first, tl.minimum(first + steps * BK, K8 * 8), BK, num_stages=STAGES):
         cols = k + tl.arange(0, BK)
-        m = load_rows(x, rows, cols, M, K, x_row, x_col)
+        if COPY_ENGINE:
+            a = x.load([row, k])
+        else:
+            a = load_rows(x, rows, cols, M, K, x_row, x_col)
+        m = a
         if NORM:
-            m = modulated(m, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
-        d = tl.load(down + cols[:, None] * RANKS + ranks[None, :], mask=(ranks < RANKS)[None, :], other=0.0).to(tl.float32)
-        h = dot_split(m.to(tl.float32), d, h, tl.bfloat16 != x.dtype.element_ty, tl.bfloat16 != down.dtype.element_ty, EMULATE)
-    at = (piece * M + rows).to(tl.int64)[:, None] * RANKS + ranks[None, :]
-    tl.store(products + at, storable(h, products.dtype.element_ty, EMULATE), mask=(rows < M)[:, None] & (ranks < RANKS)[None, :])
+            m = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
+        if RB:
+            if COPY_ENGINE:
+                d = down.load([k, rank])
+            else:
+                d = tl.load(down + cols[:, None] * RANKS + ranks[None, :], mask=(ranks < RANKS)[None, :], other=0.0)
+            h = _low_rank(m, d, h, a.dtype, EMULATE)
+        if codes_too:
+            v = smoothed(m.to(tl.float32), smooth, cols, K, a.dtype, UNSIGNED, PTX, EMULATE)
+            _store_codes(codes, scales, v, factor, rows, k, M, K8, KIND, LARGEST, BYTES, BM, BK, PTX, EMULATE)
+    if RB:
+        at = (piece * M + rows).to(tl.int64)[:, None] * RANKS + ranks[None, :]
+        tl.store(products + at, storable(h, products.dtype.element_ty, EMULATE), mask=(rows < M)[:, None] & (ranks < RANKS)[None, :])
+
+
+@triton.jit
+def _low_rank(m, d, h, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
+    """h + m @ d; m holds numbers of DTYPE."""
+    if DTYPE == tl.bfloat16 and d.dtype == tl.bfloat16 and not EMULATE:
+        h = tl.dot(m.to(tl.bfloat16), d, h)
+    else:
+        h = dot_split(m.to(tl.float32), d.to(tl.float32), h, tl.bfloat16 != DTYPE, tl.bfloat16 != d.dtype, EMULATE)
+    return h
 
 
 @triton.jit(do_not_specialize=["total", "pieces"])
@@ -201,9 +191,9 @@ def _add_pieces(products, out, total, pieces, BLOCK: tl.constexpr, EMULATE: tl.c
     tl.store(out + at, storable(h, out.dtype.element_ty, EMULATE), mask=at < total)
 
 
-def rank_block(ranks: int, dtype: torch.dtype) -> int:
-    """Columns of the low-rank product a program makes: more would spill registers beside a norm. Other types than bf16 take two dots."""
-    return min(max(16, triton.next_power_of_2(ranks)), 64 if dtype == torch.bfloat16 else 32)
+def rank_block(ranks: int, tile: Tile) -> int:
+    """Columns of the low-rank product a program makes; 0 without one."""
+    return 0 if ranks == 0 else min(max(16, triton.next_power_of_2(ranks)), tile.bn)
 
 
 def kernel_kind(kind: str, part: PartView, mode: str) -> tuple[str, int]:
@@ -215,24 +205,20 @@ def kernel_kind(kind: str, part: PartView, mode: str) -> tuple[str, int]:
     return ("half" if kind == "half" else "int"), 127 if kind == "int8" else 15 if part.spec.act_unsigned else 7
 
 
-def quantize_tile(k: int, whole_rows: bool) -> tuple[int, int, int]:
-    """(BK, REST, warps) of _quantize; k is the padded K. One row a program: its columns' vectors then lie over the threads as the row does.
-
-    Whole rows are cut in two where that wastes fewer lanes than the next power of two; K 3072 and 12288 then waste none.
-    """
-    if not whole_rows:
-        return (1024, 0, 1) if k % 2048 else (2048, 0, 2)
-    width, warps = row_tile(k)
-    rest = max(triton.next_power_of_2(k - width // 2), 128)
-    return (width // 2, rest, max(warps // 2, 1)) if rest < width // 2 else (width, 0, warps)
-
-
 def _outputs(x: Tensor, part: PartView, kind: str) -> QuantizedInput:
     rows, kp = x.shape[0], part.spec.k_padded
     dtype = {"plain": plain_dtype(x.dtype), "half": torch.float16}.get(kind, torch.uint8 if part.spec.code_form == "e4m3" else torch.int8)
     shape = {"plain": None, "e4m3": (rows,), "half": (rows,)}.get(kind, (kp // 64, rows))
     scales = None if shape is None else torch.empty(shape, dtype=torch.float32, device=x.device)
-    return QuantizedInput(kind, torch.empty(rows, kp, dtype=dtype, device=x.device), scales, None, x.dtype)
+    lowrank = None
+    if part.down is not None:
+        lowrank = torch.empty(rows, part.down.shape[1], dtype=lowrank_dtype(x, part, kind), device=x.device)
+    return QuantizedInput(kind, torch.empty(rows, kp, dtype=dtype, device=x.device), scales, lowrank, x.dtype)
+
+
+def copyable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can stand for x: rows contiguous, and 16 bytes apart."""
+    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def smooth_quantize_triton(
@@ -242,40 +228,39 @@ def smooth_quantize_triton(
     kind = kind_of(part, mode, wide)
     q = _outputs(x, part, kind)
     (rows, k), kp, device = x.shape, part.spec.k_padded, x.device
-    ranks = 0 if part.down is None else part.down.shape[1]
     if rows == 0:
-        q.lowrank = torch.empty(0, ranks, dtype=lowrank_dtype(x, part, kind), device=device) if ranks else None
         return q
-    finds_amax = kind in ("e4m3", "half") and row_amax is None
-    width, rest, warps = quantize_tile(kp, finds_amax)
     target, emulate = target_for(device), interpreting()
     pairs = has_pairs(target)
+    unsigned = part.spec.act_unsigned and mode == "exact"
+    finds_amax = kind in ("e4m3", "half") and row_amax is None
+    moments = part.smooth
+    if norm is not None or finds_amax:
+        moments = row_statistics_triton(x, norm, part.smooth if finds_amax else None, unsigned)
+        row_amax = moments[2] if finds_amax else row_amax
     shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, part.smooth, rows)
-    moments = part.smooth if norm is None else row_moments_triton(x, norm.eps)
     code_kind, largest = kernel_kind(kind, part, mode)
-    block = 16 if emulate and rows > 64 else 1  # the interpreter's time is programs
+    ranks = 0 if q.lowrank is None else q.lowrank.shape[1]
+    tile = quantize_tile(target, x.dtype, rows, kp, code_kind in ("int", "half"))
+    block = rank_block(ranks, tile)
+    products = q.codes if ranks == 0 else q.lowrank
+    if ranks and tile.pieces > 1:
+        products = torch.empty(tile.pieces, rows, ranks, dtype=torch.float32, device=device)
+    engine = target.copy_engine and copyable(x)
+    source, down = x, q.codes if ranks == 0 else part.down
+    if engine:
+        source = TensorDescriptor.from_tensor(x, [tile.bm, tile.bk])
+        down = TensorDescriptor.from_tensor(down, [tile.bk, block]) if ranks else source
     with launch_device(device):
-        _quantize[(triton.cdiv(rows, block), triton.cdiv(kp, width + rest))](
-            x, part.smooth, shift, scale, row_amax, q.codes, q.codes if q.scales is None else q.scales, moments,
-            rows, k, kp, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch,
-            KIND=code_kind, LARGEST=largest, BYTES=part.spec.code_form == "e4m3", UNSIGNED=part.spec.act_unsigned and mode == "exact",
-            NORM=norm is not None, ONE_BATCH=one_batch(rows, rows_per_batch, block), BM=block, BK=width, REST=rest,
-            PTX=pairs, EMULATE=emulate, num_warps=warps,
+        _quantize[(triton.cdiv(rows, tile.bm), tile.pieces, triton.cdiv(ranks, block) if ranks else 1)](
+            source, part.smooth, shift, scale, moments, part.smooth if row_amax is None else row_amax, down,
+            q.codes, q.codes if q.scales is None else q.scales, products,
+            rows, k, kp // 8, ranks, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch, triton.cdiv(kp // tile.bk, tile.pieces),
+            KIND=code_kind, LARGEST=largest, BYTES=part.spec.code_form == "e4m3", UNSIGNED=unsigned, NORM=norm is not None,
+            ONE_BATCH=one_batch(rows, rows_per_batch, tile.bm), RB=block, BM=tile.bm, BK=tile.bk,
+            STAGES=tile.stages, COPY_ENGINE=engine, PTX=pairs, EMULATE=emulate, num_warps=tile.warps,
         )  # fmt: skip
-        if ranks == 0:
-            return q
-        tile, columns = down_tile(target, x.dtype, rows, kp), rank_block(ranks, x.dtype)
-        q.lowrank = torch.empty(rows, ranks, dtype=lowrank_dtype(x, part, kind), device=device)
-        products = q.lowrank
-        if tile.pieces > 1:
-            products = torch.empty(tile.pieces, rows, ranks, dtype=torch.float32, device=device)
-        _down[(triton.cdiv(rows, tile.bm), tile.pieces, triton.cdiv(ranks, columns))](
-            x, part.down, shift, scale, moments, products, rows, k, ranks, x.stride(0), x.stride(1), shift_row, scale_row,
-            rows_per_batch, triton.cdiv(kp // tile.bk, tile.pieces),
-            NORM=norm is not None, ONE_BATCH=one_batch(rows, rows_per_batch, tile.bm), RB=columns,
-            BM=tile.bm, BK=tile.bk, PTX=pairs, EMULATE=emulate, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        if tile.pieces > 1:
+        if products.ndim == 3:
             _add_pieces[(triton.cdiv(rows * ranks, 1024),)](
                 products, q.lowrank, rows * ranks, tile.pieces, BLOCK=1024, EMULATE=emulate, num_warps=4
             )

@@ -13,7 +13,7 @@ from .targets import Target
 class Tile:
     """bn weight rows (outputs) x bm tokens x bk, warps and pipeline stages of one program.
 
-    pieces  w4_matmul_wide: its ending runs in so many. smooth_quantize's _down: so many programs share K.
+    pieces  w4_matmul_wide: its ending runs in so many. smooth_quantize: so many programs share K.
     """
 
     bn: int
@@ -48,21 +48,27 @@ def _family(target: Target) -> str:
     return _FAMILIES.get(target.name, "other nvidia")
 
 
-def down_tile(target: Target, dtype: torch.dtype, rows: int, k: int) -> Tile:
-    """smooth_quantize's _down; k is the padded K, cut into `pieces` so that an H200's multiprocessors have two or three programs each."""
+def quantize_tile(target: Target, dtype: torch.dtype, rows: int, k: int, grouped: bool) -> Tile:
+    """smooth_quantize's _quantize, bn ranks of the low-rank product a program; k is the padded K, cut into
+
+    `pieces` so that an H200's multiprocessors have four programs each. grouped: codes have a scale for every 64 inputs.
+    """
     family = _family(target)
     narrow = dtype != torch.bfloat16  # two dots
-    bm, bk, warps, stages = (64, 128, 4, 3) if k >= 8192 and not narrow else (64, 64, 4, 3 if narrow else 4)
+    bm, warps, stages = 64, 4, 3
+    if narrow and family != "hopper":
+        bm = 32  # registers
     if dtype == torch.float32:
         bm, stages = 32, 2  # shared memory
     if family == "datacenter blackwell":
         bm = 32  # its pipeliner cannot take inline PTX before the newer matrix instruction
     if family in ("cdna", "rdna"):
-        bm, bk, warps, stages = 16, 32 if narrow else 64, 8 if narrow else 4, 2
+        bm, warps, stages = 16, 8 if narrow else 4, 2
     if rows <= 32:
         bm = 16
-    programs = 448 if narrow else 256
-    return Tile(0, bm, bk, warps, stages, max(1, min(programs // -(-rows // bm), k // 256, 16)))
+    ranks = (128 if family == "hopper" else 64) if dtype == torch.bfloat16 else 16  # more would spill registers beside a norm
+    bk = 32 if family == "rdna" and narrow and not grouped else 64
+    return Tile(ranks, bm, bk, warps, stages, max(1, min(528 // -(-rows // bm), k // 256, 16)))
 
 
 def matmul_tile(target: Target, kind: str, rows: int) -> Tile:

@@ -29,7 +29,7 @@ from tonfa.kernels import w4_matmul_wide as wide
 from tonfa.kernels import w4a16_linear_triton as linear
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
-from tonfa.kernels.tiles import Tile, down_tile, linear_tile, matmul_tile, wide_bands
+from tonfa.kernels.tiles import Tile, linear_tile, matmul_tile, quantize_tile, wide_bands
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -82,32 +82,40 @@ def instruction(target: Target, operands: str) -> str:
     return rf"mma\.sync\S+\.{ptx}\.{ptx}"
 
 
-def quantize_variant(name, target, dtype, kind, largest, byte_codes, *, norm, k=3072, unsigned=False, known=False) -> Variant:
-    width, rest, warps = quantize.quantize_tile(k, kind in ("e4m3", "half") and not known)
+def quantize_variant(
+    name, target, dtype, kind, largest, byte_codes, *, norm, rows=4608, k=3072, ranks=32, unsigned=False, batches=1, pair="bf16", lowrank="*fp32"
+) -> Variant:
+    """lowrank: type of the result, which one piece writes itself."""
+    tile = quantize_tile(target, dtype, rows, k, kind in ("int", "half"))
+    block = quantize.rank_block(ranks, tile)
     wide = {"plain": plain_dtype(dtype), "nvfp4": plain_dtype(dtype), "half": torch.float16}
     codes = wide.get(kind, torch.uint8 if byte_codes else torch.int8)
     types = dict.fromkeys(quantize._quantize.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
-    types |= dict.fromkeys(("smooth", "row_amax", "scales", "moments"), "*fp32") | {"codes": POINTERS[codes]}
+    types |= dict.fromkeys(("smooth", "row_amax", "scales", "moments"), "*fp32") | {"codes": POINTERS[codes], "down": f"*{pair}"}
+    types["products"] = lowrank if tile.pieces == 1 else "*fp32"
+    if target.copy_engine:
+        types["x"] = f"tensordesc<{POINTERS[dtype][1:]}[{tile.bm}, {tile.bk}]>"
+        types["down"] = f"tensordesc<{pair}[{tile.bk}, {block}]>" if ranks else types["x"]
     constants = {
-        "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": True,
-        "BM": 1, "BK": width, "REST": rest, "PTX": rounding.has_pairs(target), "EMULATE": False,
-    }  # fmt: skip
-    constants |= {} if known else {"row_amax": None}
-    return Variant(f"smooth_quantize {name}", quantize._quantize, types, constants, warps, 3, ())
-
-
-def down_variant(name, target, dtype, *, norm, rows=4608, k=3072, ranks=32, batches=1, pair="*bf16", lowrank="*fp32") -> Variant:
-    """lowrank: type of the result, which one piece writes itself."""
-    tile = down_tile(target, dtype, rows, k)
-    types = dict.fromkeys(quantize._down.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
-    types |= {"down": pair, "moments": "*fp32", "products": lowrank if tile.pieces == 1 else "*fp32"}
-    constants = {
-        "x_col": 1, "NORM": norm, "ONE_BATCH": batches == 1, "RB": quantize.rank_block(ranks, dtype), "BM": tile.bm, "BK": tile.bk,
+        "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": batches == 1,
+        "RB": block, "BM": tile.bm, "BK": tile.bk, "STAGES": tile.stages, "COPY_ENGINE": target.copy_engine,
         "PTX": rounding.has_pairs(target), "EMULATE": False,
     }  # fmt: skip
     narrow = tile.bm < 64 and target.name.startswith("sm_")  # too few rows for the newer instructions
     wanted = r"mma\.sync\S+\.bf16" if narrow else instruction(target, "bf16")
-    return Variant(f"smooth_quantize down {name}", quantize._down, types, constants, tile.warps, tile.stages, (wanted,))
+    return Variant(f"smooth_quantize {name}", quantize._quantize, types, constants, tile.warps, 3, (wanted,) if ranks else ())
+
+
+def statistics_variant(name, target, dtype, *, norm, amax, k=3072, unsigned=False) -> Variant:
+    kernel = statistics._row_statistics
+    width, rest, warps = statistics.row_tile(k)
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
+    types |= {"smooth": "*fp32", "out": "*fp32", "eps": "fp32"}
+    constants = {
+        "x_col": 1, "NORM": norm, "AMAX": amax, "UNSIGNED": unsigned, "ONE_BATCH": True, "BM": 1, "BK": width, "REST": rest,
+        "PTX": rounding.has_pairs(target), "EMULATE": False,
+    }  # fmt: skip
+    return Variant(f"row_statistics {name}", kernel, types, constants, warps, 3, ())
 
 
 def add_variant(target, lowrank) -> Variant:
@@ -186,10 +194,7 @@ def norm_variants(target: Target, dtype) -> list[Variant]:
     pairs = rounding.has_pairs(target)
     constants = {"x_col": 1, "ONE_BATCH": True, "BM": norm_modulate._BM, "BK": norm_modulate._BK, "PTX": pairs, "EMULATE": False}
     norm = Variant("norm_modulate", kernel, types, constants, 4, 3, ())
-    kernel = statistics._row_moments
-    types = dict.fromkeys(kernel.arg_names, "i32") | {"x": POINTERS[dtype], "out": "*fp32", "eps": "fp32"}
-    width, warps = statistics.row_tile(3072)
-    return [norm, Variant("row_moments", kernel, types, {"x_col": 1, "BK": width}, warps, 3, ())]
+    return [norm, statistics_variant("norm", target, dtype, norm=True, amax=False)]
 
 
 def dotless_variants(dtype, target: Target) -> list[Variant]:
@@ -207,15 +212,16 @@ def e4m3_variants(target: Target) -> list[Variant]:
     bf16, fp16 = torch.bfloat16, torch.float16
     endings = {"GATE": True, "ACCUMULATE": True}
     return [
-        quantize_variant("exact, norm", target, bf16, "int", 7, True, norm=True),
+        quantize_variant("exact, norm", target, bf16, "int", 7, True, norm=True, ranks=128),
         quantize_variant("exact unsigned", target, fp16, "int", 15, True, norm=False, unsigned=True),
-        quantize_variant("exact wide, norm", target, bf16, "half", 7, True, norm=True),
+        quantize_variant("exact wide, norm", target, bf16, "half", 7, True, norm=True, ranks=128),
         quantize_variant("exact unsigned wide, K 12288", target, bf16, "half", 15, True, norm=False, k=12288, unsigned=True),
-        quantize_variant("fast, norm", target, bf16, "e4m3", 0, True, norm=True),
-        quantize_variant("fast, norm, fp16", target, fp16, "e4m3", 0, True, norm=True),
-        quantize_variant("fast, K 12288", target, bf16, "e4m3", 0, True, norm=False, k=12288),
-        quantize_variant("fast, known maximum", target, bf16, "e4m3", 0, True, norm=False, k=12288, known=True),
-        down_variant("many rows, to bf16", target, bf16, norm=True, rows=16384, ranks=64, lowrank="*bf16"),
+        quantize_variant("fast, norm", target, bf16, "e4m3", 0, True, norm=True, ranks=128),
+        quantize_variant("fast, norm, fp16", target, fp16, "e4m3", 0, True, norm=True, pair="fp16"),
+        quantize_variant("fast, many rows, to bf16", target, bf16, "e4m3", 0, True, norm=False, rows=65536, k=12288, lowrank="*bf16"),
+        statistics_variant("norm, maximum", target, bf16, norm=True, amax=True),
+        statistics_variant("maximum, K 12288", target, bf16, norm=False, amax=True, k=12288),
+        statistics_variant("maximum, shifted, fp16", target, fp16, norm=False, amax=True, k=12288, unsigned=True),
         add_variant(target, "*bf16"),
         matmul_variant("exact, 200 rows", target, bf16, "int4", "e4m3", 200),
         matmul_variant("exact, 1 row, gelu", target, bf16, "int4", "e4m3", 1, GELU=True),
@@ -234,9 +240,9 @@ def int8_variants(target: Target) -> list[Variant]:
     """INT4 where codes are int8."""
     bf16, fp16 = torch.bfloat16, torch.float16
     return [
-        quantize_variant("exact, norm", target, bf16, "int", 7, False, norm=True),
+        quantize_variant("exact, norm", target, bf16, "int", 7, False, norm=True, ranks=128),
         quantize_variant("exact unsigned", target, fp16, "int", 15, False, norm=False, unsigned=True),
-        quantize_variant("fast, norm", target, bf16, "int", 127, False, norm=True),
+        quantize_variant("fast, norm", target, bf16, "int", 127, False, norm=True, ranks=128),
         quantize_variant("fast, norm, fp16", target, fp16, "int", 127, False, norm=True),
         matmul_variant("exact", target, bf16, "int4", "int8", 4608),
         matmul_variant("exact, 1 row, gelu", target, bf16, "int4", "int8", 1, GELU=True),
@@ -249,7 +255,7 @@ def nvfp4_variants(target: Target) -> list[Variant]:
     bf16, fp16, nvidia = torch.bfloat16, torch.float16, target.name.startswith("sm_")
     endings = {"HAS_CHANNEL": True, "GATE": True, "ACCUMULATE": True}
     found = [
-        quantize_variant("nvfp4 exact, norm", target, bf16, "nvfp4", 0, False, norm=True),
+        quantize_variant("nvfp4 exact, norm", target, bf16, "nvfp4", 0, False, norm=True, ranks=128),
         quantize_variant("nvfp4 fast, norm", target, bf16, "plain", 0, False, norm=True),
         matmul_variant("nvfp4", target, bf16, "plain", "e2m1", 200 if nvidia else 4608, rank=128, **endings),
         matmul_variant("nvfp4 fp16", target, fp16, "plain", "e2m1", 200),
@@ -268,11 +274,10 @@ def variants(target: Target) -> list[Variant]:
     if not target.has_dot:
         return dotless_variants(fp16, target)
     return [
-        down_variant("K 12288", target, bf16, norm=False, k=12288),
-        down_variant("norm, rank 2 x 32", target, bf16, norm=True, ranks=64),
-        down_variant("norm, 1 row", target, bf16, norm=True, rows=1, ranks=64),
-        down_variant("norm, rank 2 x 128, two batches", target, fp16, norm=True, ranks=256, batches=2, pair="*fp16"),
-        down_variant("norm, rank 2 x 128, two batches, fp32", target, fp32, norm=True, ranks=256, batches=2, pair="*fp16"),
+        quantize_variant("no low rank", target, bf16, "plain", 0, False, norm=True, ranks=0),
+        quantize_variant("1 row", target, bf16, "plain", 0, False, norm=True, rows=1, ranks=64),
+        quantize_variant("rank 2 x 128, two batches", target, fp16, "plain", 0, False, norm=True, ranks=256, batches=2, pair="fp16"),
+        quantize_variant("rank 2 x 128, two batches, fp32", target, fp32, "plain", 0, False, norm=True, ranks=256, batches=2, pair="fp16"),
         add_variant(target, "*fp32"),
         *(e4m3_variants(target) if target.e4m3_dot else int8_variants(target)),
         *nvfp4_variants(target),

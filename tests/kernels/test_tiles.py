@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tonfa.kernels.targets import cuda_target, hip_target
-from tonfa.kernels.tiles import down_tile, wide_bands, wide_tile
+from tonfa.kernels.tiles import quantize_tile, wide_bands, wide_tile
 
 H200 = replace(cuda_target(90), multiprocessors=132)
 
@@ -53,5 +53,5 @@ def test_no_bands_for_other_targets_or_an_unknown_size(target):
 def test_pieces_of_the_low_rank_product_are_never_more_than_k_has_steps(target, dtype):
     for k in (128, 256, 384, 3072, 12288, 15360):
         for rows in (1, 33, 256, 4608, 65536):
-            tile = down_tile(target, dtype, rows, k)
-            assert k % tile.bk == 0 and 1 <= tile.pieces <= k // tile.bk
+            tile = quantize_tile(target, dtype, rows, k, grouped=True)
+            assert tile.bk % 64 == 0 and k % tile.bk == 0 and 1 <= tile.pieces <= k // tile.bk
