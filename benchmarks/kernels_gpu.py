@@ -24,7 +24,7 @@ from tonfa.kernels.qk_norm_rope import qk_norm_rope_
 from tonfa.kernels.qk_norm_rope_torch import qk_norm_rope_torch
 from tonfa.kernels.smooth_quantize_torch import smooth_quantize_torch
 from tonfa.kernels.targets import code_form, target_for, triton_reason
-from tonfa.kernels.w4_matmul import quantize_for, w4_matmul
+from tonfa.kernels.w4_matmul import Finish, quantize_for, w4_matmul
 from tonfa.kernels.w4_matmul_torch import w4_matmul_torch
 from tonfa.kernels.w4a16_linear import w4a16_linear
 from tonfa.kernels.w4a16_linear_torch import w4a16_linear_torch
@@ -133,13 +133,13 @@ def measure(what: str, layer: LogicalLinear, rows: int, mode: str, dtype=torch.b
     got_q, again_q = quantize_for(x, view, mode, norm), quantize_for(x, view, mode, norm)
     want_q = smooth_quantize_torch(x, view, mode, norm, wide=got_q.kind == "half")
     same = torch.equal(got_q.codes, again_q.codes) and torch.equal(got_q.lowrank, again_q.lowrank)
-    want = w4_matmul_torch(want_q, view, layer.bias, poisoned(), **options)
-    alone = w4_matmul(want_q, view, layer.bias, poisoned(), **options)
-    both = w4_matmul(got_q, view, layer.bias, poisoned(), **options)
-    same = same and torch.equal(both, w4_matmul(got_q, view, layer.bias, poisoned(), **options))
+    want = w4_matmul_torch(want_q, view, layer.bias, poisoned(), Finish(**options))
+    alone = w4_matmul(want_q, view, layer.bias, poisoned(), Finish(**options))
+    both = w4_matmul(got_q, view, layer.bias, poisoned(), Finish(**options))
+    same = same and torch.equal(both, w4_matmul(got_q, view, layer.bias, poisoned(), Finish(**options)))
     out = poisoned()
     quantize_us = median_us(lambda: quantize_for(x, view, mode, norm))
-    matmul_us = median_us(lambda: w4_matmul(got_q, view, layer.bias, out, **options))
+    matmul_us = median_us(lambda: w4_matmul(got_q, view, layer.bias, out, Finish(**options)))
     dense, plain = torch.randn(layer.n, layer.k, device="cuda", dtype=dtype), x.to(dtype)
     cublas_us = median_us(lambda: torch.nn.functional.linear(plain, dense))
     return Row(

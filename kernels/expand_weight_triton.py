@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .expand_weight_torch import ExpandedWeight
+from .expand_weight_torch import BLOCK, ExpandedWeight
 from .layout import PartView
 from .rounding import e4m3_byte, storable
 from .targets import interpreting, launch_device, target_for
@@ -40,12 +40,12 @@ def _scale(scales, n, group, NP, KP):
 
 
 @triton.jit
-def _largest(scales, n, slices, NP, KP):
-    """The largest scale of the block of 256 inputs that a slice of 128 lies in, 1 for 0."""
-    first = slices // 2 * 4
-    low = tl.maximum(_scale(scales, n, first, NP, KP), _scale(scales, n, first + 1, NP, KP))
-    high = tl.maximum(_scale(scales, n, first + 2, NP, KP), _scale(scales, n, first + 3, NP, KP))
-    largest = tl.maximum(low, high)
+def _largest(scales, n, slices, NP, KP, BLOCK: tl.constexpr):
+    """The largest scale of the block that a slice of 128 inputs lies in, 1 for 0."""
+    first = slices // (BLOCK // 128) * (BLOCK // 64)
+    largest = _scale(scales, n, first, NP, KP)
+    for i in tl.static_range(1, BLOCK // 64):
+        largest = tl.maximum(largest, _scale(scales, n, first + i, NP, KP))
     return tl.where(largest > 0.0, largest, 1.0)
 
 
@@ -62,7 +62,8 @@ def _unit(scales, n, NP, KP, GROUPS: tl.constexpr):
 @triton.jit
 def _expand_weight(
     codes, scales, out, table, NP, KP,
-    FORM: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
+    FORM: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PTX: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     s = tl.program_id(1) * S + tl.arange(0, S)
@@ -90,13 +91,14 @@ def _expand_weight(
             tl.store(out + at + 64, (high * (tl.div_rn(second, units) * 512.0)[:, :, None]).to(tl.float16), mask=live)
             tl.store(table + n, unit, mask=(n >= 0) & (tl.program_id(1) == 0))
         else:
-            largest = _largest(scales, n[:, None], s[None, :], NP, KP)
+            largest = _largest(scales, n[:, None], s[None, :], NP, KP, BLOCK)
             tl.store(out + at, e4m3_byte(low * (tl.div_rn(first, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
             tl.store(out + at + 64, e4m3_byte(high * (tl.div_rn(second, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
-            following = _largest(scales, n[:, None], s[None, :] + 2, NP, KP)
-            ratio = tl.div_rn(largest, tl.where((s // 2 == (KP - 1) // 256)[None, :], 32.0, following))
-            first_half = ((s % 2 == 0) & (s < KP // 128))[None, :] & (n >= 0)[:, None]
-            tl.store(table + (s // 2)[None, :] * NP + n[:, None], ratio, mask=first_half)
+            each: tl.constexpr = BLOCK // 128
+            following = _largest(scales, n[:, None], s[None, :] + each, NP, KP, BLOCK)
+            ratio = tl.div_rn(largest, tl.where((s // each == (KP - 1) // BLOCK)[None, :], 32.0, following))
+            first_slice = ((s % each == 0) & (s < KP // 128))[None, :] & (n >= 0)[:, None]
+            tl.store(table + (s // each)[None, :] * NP + n[:, None], ratio, mask=first_slice)
 
 
 def program_slices(form: str, cols: int) -> int:
@@ -112,14 +114,14 @@ def expand_weight_triton(part: PartView, form: str, dtype: torch.dtype | None = 
     values = torch.empty(rows, cols, dtype=dtype, device=device)
     table: Tensor | None = None
     if form != "plain":
-        table = torch.empty((triton.cdiv(cols, 256), rows) if form == "e4m3" else (rows,), dtype=torch.float32, device=device)
+        table = torch.empty((triton.cdiv(cols, BLOCK), rows) if form == "e4m3" else (rows,), dtype=torch.float32, device=device)
     slices = program_slices(form, cols)
     with launch_device(device):
         _expand_weight[(rows // ROWS, triton.cdiv(cols // 128, slices))](
             part.codes,
             part.scales.view(torch.uint8) if form == "plain" else part.scales,  # Triton has no e4m3 type below sm_89
             values.view(torch.uint8) if form == "e4m3" else values, values if table is None else table, rows, cols,
-            FORM=form, GROUPS=triton.next_power_of_2(cols // 64) if form == "half" else 1, BN=ROWS, S=slices,
+            FORM=form, GROUPS=triton.next_power_of_2(cols // 64) if form == "half" else 1, BLOCK=BLOCK, BN=ROWS, S=slices,
             PTX=target_for(device).name.startswith("sm_"), EMULATE=interpreting(), num_warps=4,
         )  # fmt: skip
     return ExpandedWeight(values, ratio=table if form == "e4m3" else None, scale=table if form == "half" else None)

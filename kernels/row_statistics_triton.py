@@ -1,9 +1,10 @@
-"""What the kernels on a quantised linear's input share to the last bit: mean and 1/std of a row, modulation, division by smooth.
+"""What the kernels on a quantised linear's input share to the last bit: statistics of a row, modulation, division by smooth.
 
     mean = sum(x) / K
     rstd = 1 / sqrt(sum((x - mean)^2) / K + eps)
     m    = (x - mean) * rstd * (1 + scale) + shift, rounded to x's type
-    v    = (m [+ SHIFT]) / smooth
+    v    = (m [+ SHIFT]) / smooth, rounded to x's type
+    amax = max(|v|)
 
 Mean and 1/std come from one kernel, because a sum's bits depend on how its terms lie over the threads, and the fused and the plain path
 of a block must have the same bits.
@@ -137,8 +138,9 @@ def row_statistics_triton(x: Tensor, norm: Norm | None, smooth: Tensor | None, u
     shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, out, rows)
     with launch_device(x.device):
         _row_statistics[(triton.cdiv(rows, block),)](
-            x, out if smooth is None else smooth, shift, scale, out, rows, k, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch,
-            0.0 if norm is None else norm.eps, NORM=norm is not None, AMAX=smooth is not None, UNSIGNED=unsigned,
+            x, out if smooth is None else smooth, shift, scale, out,
+            rows, k, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch, 0.0 if norm is None else norm.eps,
+            NORM=norm is not None, AMAX=smooth is not None, UNSIGNED=unsigned,
             ONE_BATCH=one_batch(rows, rows_per_batch, block), BM=block, BK=width, REST=rest,
             PTX=has_pairs(target_for(x.device)), EMULATE=interpreting(), num_warps=warps,
         )  # fmt: skip

@@ -128,8 +128,13 @@ def _nvfp4_values(v: Tensor) -> Tensor:
 def smoothed_torch(x: Tensor, part: PartView, shifted: bool, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """(m in x's type, v as fp32), both [M, K]."""
     m = x if norm is None else norm_modulate_torch(x, norm)
+    return m, divided_by_smooth(m, part.smooth[: part.spec.k], shifted)
+
+
+def divided_by_smooth(m: Tensor, smooth: Tensor, shifted: bool) -> Tensor:
+    """v of m [M, K], as fp32."""
     v = m.float() + SHIFT if shifted else m.float()
-    return m, rounded_or_kept(v / part.smooth[: part.spec.k], x.dtype)
+    return rounded_or_kept(v / smooth, m.dtype)
 
 
 def power_below(amax: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ def _quantize(
 @triton.jit
 def _low_rank(m, d, h, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
     """h + m @ d; m holds numbers of DTYPE."""
-    if DTYPE == tl.bfloat16 and d.dtype == tl.bfloat16 and not EMULATE:
+    if tl.bfloat16 == DTYPE and d.dtype == tl.bfloat16 and not EMULATE:
         h = tl.dot(m.to(tl.bfloat16), d, h)
     else:
         h = dot_split(m.to(tl.float32), d.to(tl.float32), h, tl.bfloat16 != DTYPE, tl.bfloat16 != d.dtype, EMULATE)
@@ -246,7 +246,7 @@ def smooth_quantize_triton(
     products = q.codes if ranks == 0 else q.lowrank
     if ranks and tile.pieces > 1:
         products = torch.empty(tile.pieces, rows, ranks, dtype=torch.float32, device=device)
-    engine = target.copy_engine and copyable(x)
+    engine = target.copy_engine and kp >= 4096 and copyable(x)  # of little use to short rows, and it costs the CPU as much as a launch
     source, down = x, q.codes if ranks == 0 else part.down
     if engine:
         source = TensorDescriptor.from_tensor(x, [tile.bm, tile.bk])
@@ -255,7 +255,8 @@ def smooth_quantize_triton(
         _quantize[(triton.cdiv(rows, tile.bm), tile.pieces, triton.cdiv(ranks, block) if ranks else 1)](
             source, part.smooth, shift, scale, moments, part.smooth if row_amax is None else row_amax, down,
             q.codes, q.codes if q.scales is None else q.scales, products,
-            rows, k, kp // 8, ranks, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch, triton.cdiv(kp // tile.bk, tile.pieces),
+            rows, k, kp // 8, ranks, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch,
+            triton.cdiv(kp // tile.bk, tile.pieces),
             KIND=code_kind, LARGEST=largest, BYTES=part.spec.code_form == "e4m3", UNSIGNED=unsigned, NORM=norm is not None,
             ONE_BATCH=one_batch(rows, rows_per_batch, tile.bm), RB=block, BM=tile.bm, BK=tile.bk,
             STAGES=tile.stages, COPY_ENGINE=engine, PTX=pairs, EMULATE=emulate, num_warps=tile.warps,

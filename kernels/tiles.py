@@ -79,7 +79,7 @@ def matmul_tile(target: Target, kind: str, rows: int) -> Tile:
     return _MATMUL[family][kind]
 
 
-# _w4_matmul_wide, by target family and operands. "row" scales its accumulator every 256 of K and wants two programs a multiprocessor,
+# _w4_matmul_wide, by target family and operands. "row" scales its accumulator now and then and wants two programs a multiprocessor,
 # one multiplying while the other scales: 96 KB of shared memory on Hopper, and registers of 64 accumulators a thread.
 _WIDE = {
     "hopper": {"row": Tile(128, 128, 128, 8, 3, pieces=4), "16 bit": Tile(128, 256, 64, 8, 3, pieces=4)},

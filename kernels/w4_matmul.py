@@ -12,42 +12,31 @@ from .layout import PartSpec, PartView
 from .norm_modulate import Norm
 from .smooth_quantize import QuantizedInput, smooth_quantize
 from .targets import Target, target_for, triton_reason
-from .w4_matmul_torch import check_operands, w4_matmul_torch
+from .w4_matmul_torch import PLAIN, Finish, Peak, check_operands, w4_matmul_torch
+
+__all__ = ["Finish", "Peak", "finds_peak", "quantize_for", "w4_matmul"]
 
 
-def w4_matmul(
-    q: QuantizedInput,
-    part: PartView,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    accumulate: bool = False,
-    gelu_from: int | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    rows_per_batch: int = 1 << 30,
-) -> Tensor:
+def w4_matmul(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish = PLAIN) -> Tensor:
     """Writes y [M, N] of a quantised linear into `out` and returns it.
 
-    out           [M, N] of any strides, also a slice of a wider tensor; may be `residual` itself
-    bias          [N] of any float type
-    accumulate    add out's old value before the rounding
-    gelu_from     outputs n >= gelu_from end in gelu_tanh
-    gate          [B, N] with residual [M, N]: y = residual + gate[m // rows_per_batch] * y
+    out     [M, N] of any strides, also a slice of a wider tensor; may be `finish.residual` itself
+    bias    [N] of any float type
     Raises ValueError when the operands do not fit the part.
     """
-    options = {"accumulate": accumulate, "gelu_from": gelu_from, "gate": gate, "residual": residual, "rows_per_batch": rows_per_batch}
     no_matrix_unit = q.codes.dtype == torch.float32 and out.device.type != "cpu"  # NVFP4 on fp32 input: 16-bit operands would round it
     if no_matrix_unit or triton_reason(out.device) is not None:
-        return w4_matmul_torch(q, part, bias, out, **options)
-    check_operands(q, part, out, gate, residual, rows_per_batch)
+        return w4_matmul_torch(q, part, bias, out, finish)
+    check_operands(q, part, out, finish)
     if takes_wide(q, part.spec, target_for(out.device)):
         from .w4_matmul_wide import w4_matmul_wide
 
-        return w4_matmul_wide(q, part, bias, out, **options)
+        return w4_matmul_wide(q, part, bias, out, finish)
+    if finish.peak is not None:
+        raise ValueError("row maxima are found by the product for many tokens only: ask finds_peak first")
     from .w4_matmul_triton import w4_matmul_triton
 
-    return w4_matmul_triton(q, part, bias, out, **options)
+    return w4_matmul_triton(q, part, bias, out, finish)
 
 
 def takes_wide(q: QuantizedInput, spec: PartSpec, target: Target) -> bool:
@@ -59,7 +48,14 @@ def _many_rows(rows: int, target: Target) -> bool:
     return rows >= 256 and not target.name.startswith("gfx")
 
 
-def quantize_for(x: Tensor, part: PartView, mode: str, norm: Norm | None = None) -> QuantizedInput:
+def finds_peak(part: PartView, mode: str, rows: int) -> bool:
+    """Whether w4_matmul leaves row maxima (`Finish.peak`) when it multiplies `rows` tokens by this part."""
+    if part.spec.code_form != "e4m3" or triton_reason(part.codes.device) is not None:
+        return False
+    return mode == "fast" or (mode == "exact" and _many_rows(rows, target_for(part.codes.device)))
+
+
+def quantize_for(x: Tensor, part: PartView, mode: str, norm: Norm | None = None, row_amax: Tensor | None = None) -> QuantizedInput:
     """smooth_quantize in the form that w4_matmul multiplies fastest for x's number of rows. Arguments and errors as `smooth_quantize`."""
     wide = part.spec.code_form == "e4m3" and _many_rows(x.shape[0], target_for(x.device))
-    return smooth_quantize(x, part, mode, norm, wide=wide)
+    return smooth_quantize(x, part, mode, norm, row_amax, wide=wide)

@@ -11,20 +11,57 @@ shift_bias belongs to act_unsigned layers whose activations were not shifted (fa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .expand_weight_torch import expand_weight_torch
+from .expand_weight_torch import BLOCK, expand_weight_torch
 from .layout import PartView, signed_codes
 from .norm_modulate import batch_rows
-from .smooth_quantize_torch import QuantizedInput
+from .smooth_quantize_torch import QuantizedInput, divided_by_smooth
 
 
-def check_operands(
-    q: QuantizedInput, part: PartView, out: Tensor, gate: Tensor | None, residual: Tensor | None, rows_per_batch: int
-) -> None:
+@dataclass(eq=False)
+class Peak:
+    """Where a product leaves the largest |v| of every row of its result, v being what smooth_quantize makes of it for the next part.
+
+    amax     fp32 [M], zeros before: larger numbers that are there stay
+    smooth   fp32 [Kp] of the next part, whose input are the outputs from `first` on
+    shifted  the next part's input is shifted (exact, unsigned)
+    """
+
+    amax: Tensor
+    smooth: Tensor
+    shifted: bool = False
+    first: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Finish:
+    """What follows a product inside its kernel.
+
+    accumulate    add out's old value before the rounding
+    gelu_from     outputs n >= gelu_from end in gelu_tanh
+    gate          [B, N] with residual [M, N]: y = residual + gate[m // rows_per_batch] * y
+    peak          where to leave the row maxima of the result; with the kernel for many tokens only
+    """
+
+    accumulate: bool = False
+    gelu_from: int | None = None
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+    rows_per_batch: int = 1 << 30
+    peak: Peak | None = None
+
+
+PLAIN = Finish()
+
+
+def check_operands(q: QuantizedInput, part: PartView, out: Tensor, finish: Finish) -> None:
     """Raises ValueError when the operands do not fit the part."""
+    gate, residual, rows_per_batch = finish.gate, finish.residual, finish.rows_per_batch
     spec = part.spec
     int4 = ("int4", "int8") if spec.code_form == "int8" else ("int4", "half", "e4m3")
     kinds = {"nvfp4": ("plain",), "int4": int4}.get(spec.precision, ())
@@ -37,6 +74,10 @@ def check_operands(
         raise ValueError(f"out has shape {list(out.shape)}, expected [{rows}, {spec.n}]")
     if (gate is None) != (residual is None):
         raise ValueError("gate and residual belong together: give both or neither")
+    peak = finish.peak
+    if peak is not None and (peak.amax.shape != (rows,) or not 0 <= spec.n - peak.first <= peak.smooth.shape[0]):
+        found = f"amax {list(peak.amax.shape)} and smooth {list(peak.smooth.shape)} from output {peak.first} on"
+        raise ValueError(f"peak has {found}, the result has shape {list(out.shape)}")
     if gate is None:
         return
     batches = -(-rows // rows_per_batch)
@@ -64,7 +105,7 @@ def dequantized_weight(part: PartView, kind: str = "int4") -> Tensor:
     if kind == "e4m3":
         weight = expand_weight_torch(part, "e4m3")
         scale = weight.ratio.double().flip(0).cumprod(0).flip(0).float().t()[:n]
-        return weight.values[:n].float() * scale.repeat_interleave(256, 1)[:, : part.spec.k_padded]
+        return weight.values[:n].float() * scale.repeat_interleave(BLOCK, 1)[:, : part.spec.k_padded]
     if part.spec.precision == "nvfp4":
         return expand_weight_torch(part, "plain", torch.float32).values[:n]
     values = signed_codes(part)[:n].float()
@@ -80,20 +121,9 @@ def lowrank_product(lowrank: Tensor, part: PartView) -> Tensor:
     return torch.cat([h @ up[a:b].t() for h, a, b in zip(columns, spec.segments, ends, strict=True)], dim=1)
 
 
-def w4_matmul_torch(
-    q: QuantizedInput,
-    part: PartView,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    accumulate: bool = False,
-    gelu_from: int | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    rows_per_batch: int = 1 << 30,
-) -> Tensor:
+def w4_matmul_torch(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish = PLAIN) -> Tensor:
     """Writes y [M, N] into `out` (any strides) and returns it. Arguments as `w4_matmul`. Raises ValueError as `check_operands`."""
-    check_operands(q, part, out, gate, residual, rows_per_batch)
+    check_operands(q, part, out, finish)
     spec = part.spec
     y = dequantized_input(q, spec.code_form) @ dequantized_weight(part, q.kind).t()
     if part.channel_scale is not None:
@@ -104,12 +134,16 @@ def w4_matmul_torch(
         y += bias.float()
     if spec.act_unsigned and q.kind in ("e4m3", "int8"):
         y += part.shift_bias[: spec.n]
-    if accumulate:
+    if finish.accumulate:
         y += out.float()
     y = y.to(out.dtype)
-    if gelu_from is not None:
-        y[:, gelu_from:] = F.gelu(y[:, gelu_from:].float(), approximate="tanh").to(out.dtype)
-    if gate is not None:
-        y = residual.float() + batch_rows(gate, y.shape[0], rows_per_batch) * y.float()
+    if finish.gelu_from is not None:
+        y[:, finish.gelu_from :] = F.gelu(y[:, finish.gelu_from :].float(), approximate="tanh").to(out.dtype)
+    if finish.gate is not None:
+        y = finish.residual.float() + batch_rows(finish.gate, y.shape[0], finish.rows_per_batch) * y.float()
     out.copy_(y)  # rounds to out.dtype
+    if finish.peak is not None:
+        peak = finish.peak
+        v = divided_by_smooth(out[:, peak.first :], peak.smooth[: spec.n - peak.first], peak.shifted)
+        torch.maximum(peak.amax, v.abs().amax(1), out=peak.amax)
     return out

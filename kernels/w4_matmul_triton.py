@@ -12,6 +12,8 @@ Powers of two that code tricks leave behind are folded into one constant at the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from .rounding import dot_split, operand, rounded, storable
 from .smooth_quantize_torch import QuantizedInput
 from .targets import interpreting, launch_device, target_for
 from .tiles import matmul_tile
+from .w4_matmul_torch import Finish
 
 FAR = (1 << 31) - 1  # a segment start that no output reaches
 GROUP_M = 8
@@ -132,11 +135,11 @@ def _add_lowrank(acc, lowrank, up, n, m, seg, ROWS: tl.constexpr, RANK: tl.const
 
 
 @triton.jit
-def finish(
+def finish_rows(
     y, out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from,
     ACCUMULATE: tl.constexpr, GELU: tl.constexpr, GATE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Ending and store of y [BM, BN]."""
+    """Ending and store of y [BM, BN]; returns y as it was stored, but for the rounding."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     mask = (m < M)[:, None] & (n < N)[None, :]
     m64 = m.to(tl.int64)
@@ -151,6 +154,7 @@ def finish(
         g = tl.load(gate + (m64 // rows_per_batch)[:, None] * gate_row + n[None, :], mask=mask, other=0.0).to(tl.float32)
         y = tl.load(residual + m64[:, None] * residual_row + n[None, :] * residual_col, mask=mask, other=0.0).to(tl.float32) + g * y
     tl.store(out + at, storable(y, DTYPE, EMULATE), mask=mask)
+    return y
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_batch", "gelu_from", "seg1", "seg2", "seg3"])
@@ -214,7 +218,7 @@ def _w4_matmul(
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if HAS_SHIFT:
         acc += tl.load(shift_bias + n)[:, None]
-    finish(
+    finish_rows(
         tl.trans(acc), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from,
         ACCUMULATE, GELU, GATE, EMULATE,
     )  # fmt: skip
@@ -226,27 +230,29 @@ def check_segments(spec: PartSpec) -> None:
         raise ValueError(f"the layer has {len(spec.segments)} low-rank segments, the kernel takes at most 4")
 
 
-def launch_sizes(
-    spec: PartSpec, rows: int, out: Tensor, residual: Tensor | None, gate: Tensor | None, rows_per_batch: int, gelu_from: int | None
-) -> tuple[int, ...]:
+def launch_sizes(spec: PartSpec, rows: int, out: Tensor, finish: Finish) -> tuple[int, ...]:
     """The integer arguments M to seg3, which both product kernels take in this order."""
-    strides = (0, 0) if residual is None else residual.stride()
+    strides = (0, 0) if finish.residual is None else finish.residual.stride()
     starts = [*spec.segments[1:], FAR, FAR, FAR][:3]
     return (
-        rows, spec.n, spec.n_padded, spec.k_padded, *out.stride(), *strides, 0 if gate is None else gate.stride(0),
-        min(rows_per_batch, rows), gelu_from or 0, *starts,
+        rows, spec.n, spec.n_padded, spec.k_padded, *out.stride(), *strides, 0 if finish.gate is None else finish.gate.stride(0),
+        min(finish.rows_per_batch, rows), finish.gelu_from or 0, *starts,
     )  # fmt: skip
 
 
-def launch_switches(
-    part: PartView, rank: int, shift: bool, bias: Tensor | None, accumulate: bool, gelu_from: int | None, gate: Tensor | None
-) -> dict[str, int | bool]:
+def launch_switches(part: PartView, rank: int, shift: bool, bias: Tensor | None, finish: Finish) -> dict[str, int | bool]:
     """The constants that both product kernels take."""
     return {
         "RANK": rank, "SEGMENTS": len(part.spec.segments), "HAS_CHANNEL": part.channel_scale is not None, "HAS_SHIFT": shift,
-        "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate, "GELU": gelu_from is not None, "GATE": gate is not None,
-        "EMULATE": interpreting(),
+        "HAS_BIAS": bias is not None, "ACCUMULATE": finish.accumulate, "GELU": finish.gelu_from is not None,
+        "GATE": finish.gate is not None, "EMULATE": interpreting(),
     }  # fmt: skip
+
+
+def unit_gate(finish: Finish) -> Finish:
+    """finish with a gate whose outputs lie side by side."""
+    gate = finish.gate
+    return finish if gate is None or gate.stride(1) == 1 else replace(finish, gate=gate.contiguous())
 
 
 def rank_step(rank: int, largest: int) -> int:
@@ -261,18 +267,7 @@ def variant_of(kind: str, code_form: str) -> tuple[str, bool, float]:
     return ("group", True, 2.0**18) if code_form == "e4m3" else ("group", False, 2.0**-4)
 
 
-def w4_matmul_triton(
-    q: QuantizedInput,
-    part: PartView,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    accumulate: bool = False,
-    gelu_from: int | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    rows_per_batch: int = 1 << 30,
-) -> Tensor:
+def w4_matmul_triton(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish) -> Tensor:
     """Same arguments and result as w4_matmul_torch. Operands must have been checked. Raises ValueError for more than four segments."""
     spec, rows = part.spec, q.codes.shape[0]
     check_segments(spec)
@@ -283,19 +278,17 @@ def w4_matmul_triton(
     tile = matmul_tile(target, kernel_kind, rows)
     rank = 0 if q.lowrank is None else spec.rank_padded
     shift = spec.act_unsigned and q.kind == "int8"
-    if gate is not None:
-        gate = gate if gate.stride(1) == 1 else gate.contiguous()
-    dummy = out
+    finish, dummy = unit_gate(finish), out
     scales = part.scales.view(torch.uint8) if kernel_kind == "plain" else part.scales  # Triton has no e4m3 type below sm_89
     with launch_device(out.device):
         _w4_matmul[(triton.cdiv(rows, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
             q.codes, dummy if q.scales is None else q.scales, q.lowrank if rank else dummy, part.codes, scales,
             part.up if rank else dummy, dummy if part.channel_scale is None else part.channel_scale,
             part.shift_bias if shift else dummy, dummy if bias is None else bias.contiguous(), out,
-            dummy if residual is None else residual, dummy if gate is None else gate,
-            *launch_sizes(spec, rows, out, residual, gate, rows_per_batch, gelu_from),
+            dummy if finish.residual is None else finish.residual, dummy if finish.gate is None else finish.gate,
+            *launch_sizes(spec, rows, out, finish),
             KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RB=rank_step(rank, 32), BN=tile.bn, BM=tile.bm, GROUP_M=GROUP_M,
             PTX=target.name.startswith("sm_"),
-            **launch_switches(part, rank, shift, bias, accumulate, gelu_from, gate), num_warps=tile.warps, num_stages=tile.stages,
+            **launch_switches(part, rank, shift, bias, finish), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

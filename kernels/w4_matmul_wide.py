@@ -4,8 +4,7 @@ Unpacking inside the product stalls it in every step; outside it costs one pass 
 expand_weight_torch.py. Operands come through tensor descriptors where there is a copy engine, else through pointers. As in
 w4_matmul_triton.py the weight is the left operand: y^T = W x^T, so that what belongs to a weight row is a number or two for a thread.
 
-Group scales of "row" products: the accumulator itself is multiplied by ratio[p] behind every 256 of K. It needs no second accumulator, and
-costs half as much time and power as behind every 128 would.
+Group scales of "row" products: the accumulator itself is multiplied by ratio[p] behind every BLOCK of K, which needs no second accumulator.
 """
 
 from __future__ import annotations
@@ -16,17 +15,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .expand_weight_torch import BLOCK
 from .expand_weight_triton import expand_weight_triton
 from .layout import PartView
+from .rounding import has_pairs, rounded
+from .row_statistics_triton import smoothed
 from .smooth_quantize_torch import QuantizedInput
 from .targets import Target, launch_device, target_for
 from .tiles import wide_bands
-from .w4_matmul_triton import check_segments, finish, launch_sizes, launch_switches, rank_step
+from .w4_matmul_torch import Finish
+from .w4_matmul_triton import check_segments, finish_rows, launch_sizes, launch_switches, rank_step, unit_gate
 
 # Hopper adds e4m3 products to its accumulator with about 14 bits and truncates. Per 256 products the sum so far loses 6e-5 of itself on
 # average with inputs of both signs, and gains with those of a GELU (measured on an H200). What is given back with every scaling leaves both
 # below 3e-3 at K 12288; with every scaling, because what was lost earlier depends on what the sum was then.
-HOPPER_E4M3_LOSS = 2.4e-5
+HOPPER_E4M3_LOSS = 2.4e-5 * BLOCK / 256
 GROUP_M = {"row": 16, "half": 8, "plain": 8}
 RANKS_A_STEP = 32
 
@@ -77,18 +80,19 @@ def _lowrank(
     return acc
 
 
-@triton.jit(do_not_specialize=["start", "M", "rows_per_batch", "gelu_from", "seg1", "seg2", "seg3"])
+@triton.jit(do_not_specialize=["start", "M", "rows_per_batch", "gelu_from", "seg1", "seg2", "seg3", "peak_first"])
 def _w4_matmul_wide(
-    w_from, x_from, up, lowrank, table, x_scales, channel_scale, shift_bias, bias, out, residual, gate, gain,
-    start, M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3,
+    w_from, x_from, up, lowrank, table, x_scales, channel_scale, shift_bias, bias, out, residual, gate, peak, next_smooth, gain,
+    start, M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3, peak_first,
     KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
-    GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PIECES: tl.constexpr,
-    TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr,
+    GATE: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    GROUP_M: tl.constexpr, PIECES: tl.constexpr, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Rows start to M of out.
 
-    KIND: "row" (e4m3, table = ratio [ceil(KP / 256), NP]), "half" (fp16, table = scale [NP]), "plain" (16 bit, no scales).
+    KIND: "row" (e4m3, table = ratio [ceil(KP / BLOCK), NP]), "half" (fp16, table = scale [NP]), "plain" (16 bit, no scales).
+    PEAK: 1: row maxima of the result over next_smooth go to peak (fp32 as int32 [M]), 2: shifted ones.
     w_from [NP, KP], x_from [M, KP], up [NP, RANK], lowrank [M, SEGMENTS * RANK]: tensor descriptors with COPY_ENGINE, else pointers.
     """
     tiles_m = tl.cdiv(M - start, BM)
@@ -110,9 +114,9 @@ def _w4_matmul_wide(
         ratio = tl.load(table + n)  # one block ahead: a ratio loaded where it is used is waited for in every block
         for k in range(0, KP, 128):
             acc = _dot(w_from, x_from, w_rows, x_rows, KP, k, acc, COPY_ENGINE, 128, EMULATE)
-            if k % 256 == 128 or k + 128 >= KP:
+            if (k + 128) % BLOCK == 0 or k + 128 >= KP:
                 acc *= (ratio * gain)[:, None]
-                ratio = tl.load(table + tl.minimum(k // 256 + 1, (KP - 1) // 256) * NP + n)
+                ratio = tl.load(table + tl.minimum(k // BLOCK + 1, (KP - 1) // BLOCK) * NP + n)
     else:
         for k in range(0, KP, BK):
             acc = _dot(w_from, x_from, w_rows, x_rows, KP, k, acc, COPY_ENGINE, BK, EMULATE)
@@ -134,10 +138,17 @@ def _w4_matmul_wide(
             y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if HAS_SHIFT:
             y += tl.load(shift_bias + n)[:, None]
-        finish(
+        y = finish_rows(
             tl.trans(y), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch,
             gelu_from, ACCUMULATE, GELU, GATE, EMULATE,
         )  # fmt: skip
+        if PEAK:
+            y = rounded(y, out.dtype.element_ty, EMULATE)
+            col = tl.maximum(n - peak_first, 0)
+            v = smoothed(y, next_smooth, col, N - peak_first, out.dtype.element_ty, PEAK == 2, PTX, EMULATE)
+            largest = tl.max(tl.where(((n >= peak_first) & (n < N))[None, :], tl.abs(v), 0.0), axis=1)
+            # As integers, numbers from 0 on have the same order: a maximum that does not depend on who comes first.
+            tl.atomic_max(peak + m, largest.to(tl.int32, bitcast=True), mask=m < M, sem="relaxed")
 
 
 @triton.jit
@@ -157,22 +168,11 @@ def _pieces(acc, BN: tl.constexpr, BM: tl.constexpr, PIECES: tl.constexpr):
 
 
 def e4m3_gain(target: Target) -> float:
-    """What the accumulator of an e4m3 product is multiplied by behind every 256 inputs."""
+    """What the accumulator of an e4m3 product is multiplied by behind every BLOCK inputs."""
     return 1.0 + HOPPER_E4M3_LOSS if target.name == "sm_90" else 1.0
 
 
-def w4_matmul_wide(
-    q: QuantizedInput,
-    part: PartView,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    accumulate: bool = False,
-    gelu_from: int | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    rows_per_batch: int = 1 << 30,
-) -> Tensor:
+def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish) -> Tensor:
     """Same arguments and result as w4_matmul_torch, for kinds "e4m3", "half" and "plain". Operands must have been checked.
 
     Raises ValueError for more than four segments.
@@ -186,13 +186,13 @@ def w4_matmul_wide(
     target = target_for(out.device)
     rank = 0 if q.lowrank is None else spec.rank_padded
     shift = spec.act_unsigned and kind == "row"
-    gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
+    finish, peak = unit_gate(finish), finish.peak
     weight = expand_weight_triton(part, q.kind, x.dtype)
     table = weight.ratio if kind == "row" else weight.scale
     tf32 = rank > 0 and not q.lowrank.dtype == part.up.dtype == torch.bfloat16
     block = rank_step(rank, RANKS_A_STEP)
-    switches = launch_switches(part, rank, shift, bias, accumulate, gelu_from, gate)
-    sizes = launch_sizes(spec, rows, out, residual, gate, rows_per_batch, gelu_from)[1:]
+    switches = launch_switches(part, rank, shift, bias, finish)
+    sizes = launch_sizes(spec, rows, out, finish)[1:]
     with launch_device(out.device):
         for start, stop, tile in wide_bands(target, kind, rows, spec.n_padded):
             operands = [(weight.values, tile.bn, tile.bk), (x, tile.bm, tile.bk)]
@@ -201,9 +201,12 @@ def w4_matmul_wide(
                 *(TensorDescriptor.from_tensor(t, [rows, cols]) if target.copy_engine else t for t, rows, cols in operands),
                 out if table is None else table, out if q.scales is None else q.scales,
                 out if part.channel_scale is None else part.channel_scale, part.shift_bias if shift else out,
-                out if bias is None else bias.contiguous(), out, out if residual is None else residual, out if gate is None else gate,
-                e4m3_gain(target) if kind == "row" else 1.0, start, stop, *sizes,
+                out if bias is None else bias.contiguous(), out, out if finish.residual is None else finish.residual,
+                out if finish.gate is None else finish.gate,
+                out if peak is None else peak.amax.view(torch.int32), out if peak is None else peak.smooth,
+                e4m3_gain(target) if kind == "row" else 1.0, start, stop, *sizes, 0 if peak is None else peak.first,
                 KIND=kind, RB=block, BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
-                COPY_ENGINE=target.copy_engine, **switches, num_warps=tile.warps, num_stages=tile.stages,
+                PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target), COPY_ENGINE=target.copy_engine,
+                **switches, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out

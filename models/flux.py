@@ -22,11 +22,10 @@ from ..kernels.qk_norm_rope import qk_norm_rope_
 from ..kernels.targets import code_form, target_for, triton_reason
 from .formats.checkpoint import FluxCheckpoint, HostLinear
 from .graphs import may_record
-from .linear import LARGEST_FP16, Ending, Leaf, PackedLinear, PlainLinear, normalised, parameter, resolved
+from .linear import LARGEST_FP16, Ending, Leaf, Linear, PackedLinear, PlainLinear, normalised, parameter, peak_between, resolved
 from .runtime import Runtime
 
 EPS = 1e-6
-Linear = PackedLinear | PlainLinear
 Dims = list[tuple[int, int, int]]  # (first token, end token, row of the modulation) per slice
 
 
@@ -337,8 +336,9 @@ class DoubleBlock(nn.Module):
     def _fused_finish(self, s: str, x: Tensor, attn: Tensor, mod1: Mod, mod2: Mod, compute: str, out: Tensor | None) -> Tensor:
         proj, mlp = getattr(self, f"{s}_attn").proj, getattr(self, f"{s}_mlp")
         x = proj.run(attn, compute, ending=_residual(x, mod1.gate))
-        h = mlp[0].run(x, compute, norm=_norm(x, mod2), ending=Ending(gelu_from=0))
-        return mlp[2].run(h, compute, ending=_residual(x, mod2.gate), out=out)
+        peak = peak_between(mlp[0], mlp[2], 0, x.shape[:2].numel(), compute, x.device)
+        h = mlp[0].run(x, compute, norm=_norm(x, mod2), ending=Ending(gelu_from=0, peak=peak))
+        return mlp[2].run(h, compute, ending=_residual(x, mod2.gate), out=out, peak=peak)
 
 
 class SingleBlock(nn.Module):
@@ -384,12 +384,13 @@ class SingleBlock(nn.Module):
 
     def _fused(self, x: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict, out: Tensor | None) -> Tensor:
         mod, inner = self.modulation(vec)[0], 3 * self.hidden_size
-        y = self.linear1.run(x, compute, norm=_norm(x, mod), ending=Ending(gelu_from=inner))
+        peak = peak_between(self.linear1, self.linear2, inner, x.shape[:2].numel(), compute, x.device)
+        y = self.linear1.run(x, compute, norm=_norm(x, mod), ending=Ending(gelu_from=inner, peak=peak))
         qk_normed_(y[..., :inner], self.norm, self.num_heads, pe)
         attn = self.runtime.attend(*heads_first(y[..., :inner], self.num_heads), self.num_heads, None, options)
         parts = [attn, y[..., inner:]]
         del y, attn  # linear2 empties the list: at full size these two are most of the step's memory
-        return finite(self.linear2.run(parts, compute, ending=_residual(x, mod.gate), out=out))
+        return finite(self.linear2.run(parts, compute, ending=_residual(x, mod.gate), out=out, peak=peak))
 
 
 # -- from a checkpoint ------------------------------------------------------------------------------------------------------------

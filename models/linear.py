@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..kernels import layout
 from ..kernels.norm_modulate import Norm, norm_modulate
 from ..kernels.targets import resolve_compute
-from ..kernels.w4_matmul import quantize_for, w4_matmul
+from ..kernels.w4_matmul import Finish, Peak, finds_peak, quantize_for, w4_matmul
 from ..kernels.w4a16_linear import w4a16_linear
 from .runtime import Runtime
 
@@ -27,11 +27,13 @@ class Ending:
     """What follows a linear inside its kernel: GELU(tanh) from output row `gelu_from` on, or residual + gate * y.
 
     gate: [B, N]; residual: [B, L, N]. Results equal the same steps done apart (the linear's result is rounded first).
+    peak: see peak_between.
     """
 
     gelu_from: int | None = None
     gate: Tensor | None = None
     residual: Tensor | None = None
+    peak: Peak | None = None
 
 
 def apply_ending(y: Tensor, ending: Ending | None) -> Tensor:
@@ -85,7 +87,13 @@ class PlainLinear(Leaf):
             return dense_linear(x, weight, bias, self.fits_fp16)
 
     def run(
-        self, x: Tensor | list[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
+        self,
+        x: Tensor | list[Tensor],
+        compute: str,
+        norm: Norm | None = None,
+        ending: Ending | None = None,
+        out: Tensor | None = None,
+        peak: Peak | None = None,
     ) -> Tensor:
         """As PackedLinear.run."""
         y = apply_ending(self(normalised(x, norm)), ending)
@@ -152,18 +160,24 @@ class PackedLinear(Leaf):
         return self.run(x.reshape(1, shape[:-1].numel(), shape[-1]), compute).view(*shape[:-1], self.out_features)
 
     def run(
-        self, x: Tensor | list[Tensor], compute: str, norm: Norm | None = None, ending: Ending | None = None, out: Tensor | None = None
+        self,
+        x: Tensor | list[Tensor],
+        compute: str,
+        norm: Norm | None = None,
+        ending: Ending | None = None,
+        out: Tensor | None = None,
+        peak: Peak | None = None,
     ) -> Tensor:
         """The linear with its neighbours fused.
 
         x: [B, L, K], or a list of one [B, L, K_i] per part of a linear split along K, which may be emptied so that the inputs can be freed
-        early. norm: LayerNorm and modulation of x before it.
+        early. norm: LayerNorm and modulation of x before it. peak: what the linear before found of the last part's input.
         out: [B, L, N] to write to (any strides but a contiguous last dimension), else a new tensor. Returns [B, L, N] in x's type.
         """
         device = x.device if isinstance(x, Tensor) else x[0].device
         with self.runtime.acquire(self, device) as (blob, bias):
             if self._side is None:
-                return self._four_bit(x, blob, bias, compute, norm, ending, out)
+                return self._four_bit(x, blob, bias, compute, norm, ending, out, peak)
             x = normalised(x, norm)
             y = apply_ending(self._side.add(self._four_bit(x, blob, bias, compute), x), ending)
             return y if out is None else out.copy_(y)
@@ -177,6 +191,7 @@ class PackedLinear(Leaf):
         norm: Norm | None = None,
         ending: Ending | None = None,
         out: Tensor | None = None,
+        peak: Peak | None = None,
     ) -> Tensor:
         """As `run`, with a weight and bias on the device and without the side branch."""
         if torch.compiler.is_compiling():
@@ -186,7 +201,7 @@ class PackedLinear(Leaf):
         half = (x if isinstance(x, Tensor) else x[0]).dtype == torch.float16
         if half and compute == "weight_only" and self._fits_fp16 is None and not self.is_modulation:
             self._fits_fp16 = fits_fp16(self.spec, blob)  # asked for here only, so that loading does not wait for it
-        return packed_linear(self.spec, self._parts(blob), x, bias, compute, norm, ending, out, self._fits_fp16)
+        return packed_linear(self.spec, self._parts(blob), x, bias, compute, norm, ending, out, self._fits_fp16, peak)
 
     def _parts(self, blob: Tensor) -> list[layout.PartView]:
         """Views of the parts: kept for the module's own weight, since making them costs more than a launch; made for a streamed one."""
@@ -222,6 +237,9 @@ class PackedLinear(Leaf):
         )
 
 
+Linear = PackedLinear | PlainLinear
+
+
 # -- computing with packed bytes ----------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +253,7 @@ def packed_linear(
     ending: Ending | None = None,
     out: Tensor | None = None,
     fits_fp16: bool | None = None,
+    peak: Peak | None = None,
 ) -> Tensor:
     """PackedLinear.run as a function of tensors. fits_fp16: float16 holds every weight (None: it may not)."""
     if parts[0].spec.precision == "w4a16":
@@ -245,7 +264,7 @@ def packed_linear(
         y = apply_ending(dense_linear(normalised(x, norm), *dense_form(spec, parts, bias), fits_fp16), ending)
     else:
         xs = [x[..., p.spec.col_offset : p.spec.col_offset + p.spec.k] for p in parts] if isinstance(x, Tensor) else x
-        return fused_linear(spec, parts, xs, bias, compute, norm, ending or Ending(), out)
+        return fused_linear(spec, parts, xs, bias, compute, norm, ending or Ending(), out, peak)
     return y if out is None else out.copy_(y)
 
 
@@ -258,13 +277,15 @@ def fused_linear(
     norm: Norm | None,
     ending: Ending,
     out: Tensor | None,
+    peak: Peak | None,
 ) -> Tensor:
     """Quantise, multiply, end. xs: [B, L, K_i] per part; emptied."""
     batch, length = xs[0].shape[:2]
     rows, columns = batch * length, spec.out_features
     inputs = []
     for part in parts:  # all of them before the output exists, letting go of each input: the peak of a whole step is here
-        inputs.append(quantize_for(xs.pop(0).reshape(rows, part.spec.k), part, compute, norm))
+        known = peak.amax if peak is not None and part is parts[-1] else None
+        inputs.append(quantize_for(xs.pop(0).reshape(rows, part.spec.k), part, compute, norm, known))
     direct = out is not None and batch == 1
     y = out[0] if direct else torch.empty(rows, columns, dtype=inputs[0].dtype, device=inputs[0].codes.device)
     residual = None if ending.residual is None else ending.residual.reshape(rows, columns)
@@ -272,21 +293,37 @@ def fused_linear(
     for i, (q, part) in enumerate(zip(inputs, parts, strict=True)):
         first, n = firsts[i], part.spec.n
         last = first not in firsts[i + 1 :]
-        w4_matmul(
-            q,
-            part,
-            cut(bias, first, n) if last else None,
-            cut(y, first, n),
+        finish = Finish(
             accumulate=first in firsts[:i],
             gelu_from=None if ending.gelu_from is None or not last else max(ending.gelu_from - first, 0),
             gate=cut(ending.gate, first, n) if last else None,
             residual=cut(residual, first, n) if last else None,
             rows_per_batch=max(length, 1),
+            peak=ending.peak if last and first + n == columns else None,
         )
+        w4_matmul(q, part, cut(bias, first, n) if last else None, cut(y, first, n), finish)
     if direct:
         return out
     y = y.view(batch, length, columns)
     return y if out is None else out.copy_(y)
+
+
+def peak_between(first: Linear, second: Linear, gelu_from: int, rows: int, compute: str, device: torch.device) -> Peak | None:
+    """Where `first` leaves the row maxima that `second` needs to quantise its last part's input, which is first's output from gelu_from on.
+
+    None where first does not find them, or where it would have to know weights of second that are elsewhere.
+    """
+    if torch.compiler.is_compiling() or not isinstance(first, PackedLinear) or not isinstance(second, PackedLinear):
+        return None
+    if first.has_side or second.has_side or not second.runtime.at_home(second, device) or compute not in ("exact", "fast"):
+        return None
+    last = second._parts(second.weight)[-1]
+    makers = [p for p in first.spec.parts if p.row_offset + p.n > gelu_from]
+    if len(makers) != 1 or first.spec.out_features - gelu_from != last.spec.k or not finds_peak(last, compute, rows):
+        return None
+    shifted = last.spec.act_unsigned and compute == "exact"
+    amax = torch.zeros(rows, dtype=torch.float32, device=device)
+    return Peak(amax, last.smooth, shifted, max(gelu_from - makers[0].row_offset, 0))
 
 
 def cut(x: Tensor | None, first: int, n: int) -> Tensor | None:

@@ -27,6 +27,7 @@ from tonfa.kernels import smooth_quantize_triton as quantize
 from tonfa.kernels import w4_matmul_triton as matmul
 from tonfa.kernels import w4_matmul_wide as wide
 from tonfa.kernels import w4a16_linear_triton as linear
+from tonfa.kernels.expand_weight_torch import BLOCK
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
 from tonfa.kernels.tiles import Tile, linear_tile, matmul_tile, quantize_tile, wide_bands
@@ -83,7 +84,21 @@ def instruction(target: Target, operands: str) -> str:
 
 
 def quantize_variant(
-    name, target, dtype, kind, largest, byte_codes, *, norm, rows=4608, k=3072, ranks=32, unsigned=False, batches=1, pair="bf16", lowrank="*fp32"
+    name,
+    target,
+    dtype,
+    kind,
+    largest,
+    byte_codes,
+    *,
+    norm,
+    rows=4608,
+    k=3072,
+    ranks=32,
+    unsigned=False,
+    batches=1,
+    pair="bf16",
+    lowrank="*fp32",
 ) -> Variant:
     """lowrank: type of the result, which one piece writes itself."""
     tile = quantize_tile(target, dtype, rows, k, kind in ("int", "half"))
@@ -144,14 +159,15 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segme
     return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, (wanted,))
 
 
-def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1, **flags) -> list[Variant]:
+def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1, peak=0, **flags) -> list[Variant]:
     """The product of kind "row", "half" or "plain" with 3072 outputs, in the tiles of every band."""
     tf32 = not (kind == "row" and dtype == torch.bfloat16 and pair == "bf16")
     step = matmul.rank_step(rank, wide.RANKS_A_STEP)
     element, operands = {"row": ("fp8e4nv", "e4m3"), "half": ("fp16", "fp16"), "plain": ("bf16", "bf16")}[kind]
     kernel = wide._w4_matmul_wide
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
-    types |= dict.fromkeys(("table", "x_scales", "channel_scale", "shift_bias"), "*fp32") | {"gain": "fp32"}
+    types |= dict.fromkeys(("table", "x_scales", "channel_scale", "shift_bias", "next_smooth"), "*fp32")
+    types |= {"gain": "fp32", "peak": "*i32"}
     wanted = (instruction(target, operands), instruction(target, "tf32" if tf32 else "bf16"))
 
     def band(tile: Tile) -> Variant:
@@ -162,7 +178,8 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1
         constants = {
             "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "TF32": tf32, "SEGMENTS": segments,
             "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": wide.GROUP_M[kind], "PIECES": tile.pieces,
-            "COPY_ENGINE": target.copy_engine, "EMULATE": False, **{n: bool(flags.get(n)) for n in SWITCHES},
+            "PEAK": peak, "BLOCK": BLOCK, "PTX": rounding.has_pairs(target), "COPY_ENGINE": target.copy_engine, "EMULATE": False,
+            **{n: bool(flags.get(n)) for n in SWITCHES},
         }  # fmt: skip
         label = f"w4_matmul_wide {name}, {tile.bm} rows"
         return Variant(label, kernel, types | sources, constants, tile.warps, tile.stages, wanted)
@@ -175,7 +192,7 @@ def expand_variant(form: str, target: Target, scales: str, k: int) -> Variant:
     types = {"codes": "*u8", "scales": scales, "NP": "i32", "KP": "i32", "out": stored, "table": "*fp32"}
     constants = {
         "FORM": form, "PTX": target.name.startswith("sm_"), "GROUPS": triton.next_power_of_2(k // 64) if form == "half" else 1,
-        "BN": expand.ROWS, "S": expand.program_slices(form, k), "EMULATE": False,
+        "BLOCK": BLOCK, "BN": expand.ROWS, "S": expand.program_slices(form, k), "EMULATE": False,
     }  # fmt: skip
     return Variant(f"expand_weight {form}, K {k}", expand._expand_weight, types, constants, 4, 3, ())
 
@@ -225,10 +242,10 @@ def e4m3_variants(target: Target) -> list[Variant]:
         add_variant(target, "*bf16"),
         matmul_variant("exact, 200 rows", target, bf16, "int4", "e4m3", 200),
         matmul_variant("exact, 1 row, gelu", target, bf16, "int4", "e4m3", 1, GELU=True),
-        *wide_variants("fast, gelu", target, bf16, "row", segments=2, GELU=True),
+        *wide_variants("fast, gelu, peak", target, bf16, "row", segments=2, peak=1, GELU=True),
         *wide_variants("fast, shift, gate", target, bf16, "row", HAS_SHIFT=True, **endings),
         *wide_variants("fast, fp16", target, fp16, "row", pair="fp16", HAS_SHIFT=True, **endings),
-        *wide_variants("exact, gelu", target, bf16, "half", segments=2, GELU=True),
+        *wide_variants("exact, gelu, peak", target, bf16, "half", segments=2, peak=2, GELU=True),
         *wide_variants("exact, fp16, gate", target, fp16, "half", pair="fp16", **endings),
         expand_variant("e4m3", target, "*bf16", 3072),
         expand_variant("half", target, "*bf16", 3072),

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tonfa.kernels.expand_weight_torch import expand_weight_torch
+from tonfa.kernels.expand_weight_torch import BLOCK, expand_weight_torch
 from tonfa.kernels.layout import code_values
 
 from .make_layers import packed_view, random_layer
@@ -25,13 +25,13 @@ def int4(n: int, k: int, spread: float = 1.0):
 
 
 def block_scales(ratio: torch.Tensor) -> torch.Tensor:
-    """[Np, Kp or 128 more]: what a value of each block of 256 is multiplied by in all."""
-    return ratio.double().flip(0).cumprod(0).flip(0).t().repeat_interleave(256, 1)
+    """[Np, Kp or more]: what a value of each block is multiplied by in all."""
+    return ratio.double().flip(0).cumprod(0).flip(0).t().repeat_interleave(BLOCK, 1)
 
 
 @pytest.mark.parametrize("spread", [1.0, 8.0])
 @pytest.mark.parametrize("n, k", SHAPES)
-def test_e4m3_keeps_the_largest_of_four_groups_exact(interpreter, n, k, spread):
+def test_e4m3_keeps_the_largest_group_of_a_block_exact(interpreter, n, k, spread):
     from tonfa.kernels.expand_weight_triton import expand_weight_triton
 
     view, want = int4(n, k, spread)
@@ -42,7 +42,7 @@ def test_e4m3_keeps_the_largest_of_four_groups_exact(interpreter, n, k, spread):
     assert torch.isfinite(weight).all()
     groups, wanted = weight.view(n, -1, 64), want.double().view(n, -1, 64)
     scale = view.scales.t().float()[:n]
-    blocks = torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4)).view(n, -1, 4)
+    blocks = torch.nn.functional.pad(scale, (0, -scale.shape[1] % (BLOCK // 64))).view(n, -1, BLOCK // 64)
     largest = (blocks == blocks.amax(2, keepdim=True)).view(n, -1)[:, : k // 64]
     torch.testing.assert_close(groups[largest], wanted[largest], rtol=1e-6, atol=0)
     error = float((weight - want).norm() / want.norm())

@@ -155,6 +155,32 @@ def test_low_rank_product_in_pieces(interpreter, k, pieces, mode):
     compare(x, view, mode, Norm(torch.randn(2, k).to(BF16), torch.randn(2, k).to(BF16), 3))
 
 
+@pytest.mark.parametrize("rank", [0, 48])
+@pytest.mark.parametrize("form, mode", [("e4m3", "fast"), ("int8", "fast"), ("e4m3", "exact")])
+def test_kernel_through_tensor_descriptors(interpreter, monkeypatch, form, mode, rank):
+    """The copy engine's form has the pointers' bits; rows that no descriptor can stand for take the pointers."""
+    import tonfa.kernels.smooth_quantize_triton as module
+
+    torch.manual_seed(13)
+    k = 4160
+    view = packed_view(random_layer("int4", 128, k, rank), form)
+    whole = torch.randn(5, k + 8).to(BF16)
+    norm = Norm(torch.randn(1, k).to(BF16), torch.randn(1, k).to(BF16), 5)
+    made, from_tensor = [], module.TensorDescriptor.from_tensor
+    monkeypatch.setattr(module.TensorDescriptor, "from_tensor", lambda t, block: made.append(t) or from_tensor(t, block))
+    for x, fits in ((whole[:, :k], True), (whole[:, 3 : k + 3], False), (torch.randn(5, k + 2).to(BF16)[:, :k], False)):
+        for given in (None, norm):
+            made.clear()
+            pointers = smooth_quantize(x, view, mode, given, wide=True)
+            assert not made
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "target_for", lambda device: dataclasses.replace(target_for(device), copy_engine=True))
+                found = smooth_quantize(x, view, mode, given, wide=True)
+            assert len(made) == (0 if not fits else 2 if rank else 1)
+            for a, b in ((found.codes, pointers.codes), (found.scales, pointers.scales), (found.lowrank, pointers.lowrank)):
+                assert (a is None and b is None) or torch.equal(a, b)
+
+
 def test_misfits_are_refused():
     view = packed_view(random_layer("int4", 128, 256))
     with pytest.raises(ValueError, match=r"\[M, 256\]"):

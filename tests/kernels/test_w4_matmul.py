@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tonfa.kernels.expand_weight_torch import BLOCK
 from tonfa.kernels.layout import SHIFT, LogicalLinear, dense_bias, dense_weight, dense_weight4
 from tonfa.kernels.norm_modulate import Norm
 from tonfa.kernels.smooth_quantize import smooth_quantize
 from tonfa.kernels.smooth_quantize_torch import smooth_quantize_torch
 from tonfa.kernels.targets import cuda_target, hip_target, target_for
 from tonfa.kernels.tiles import Tile, wide_bands
-from tonfa.kernels.w4_matmul import quantize_for, takes_wide, w4_matmul
+from tonfa.kernels.w4_matmul import Finish, Peak, quantize_for, takes_wide, w4_matmul
 from tonfa.kernels.w4_matmul_torch import dequantized_input, dequantized_weight, w4_matmul_torch
 
 from .make_layers import packed_view, random_layer
@@ -130,8 +131,8 @@ def poisoned(*shape: int, dtype=BF16) -> torch.Tensor:
 def compare(q, view, bias, out, **options):
     """Kernel against oracle, each on its own copy of out. Returns the kernel's result."""
     want = out.clone()
-    w4_matmul_torch(q, view, bias, want, **options)
-    w4_matmul(q, view, bias, out, **options)
+    w4_matmul_torch(q, view, bias, want, Finish(**options))
+    w4_matmul(q, view, bias, out, Finish(**options))
     limit = {FP32: 2e-5, FP16: 3e-4, BF16: 2e-3}[out.dtype]
     assert torch.isfinite(out).all()
     assert relative(out, want) < limit
@@ -201,6 +202,25 @@ def test_wide_kernel_through_tensor_descriptors(wide, monkeypatch, kind, mode, d
     assert torch.equal(found, without)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("kind, mode, shifted", [("e4m3", "fast", False), ("half", "exact", True), ("half", "exact", False)])
+def test_wide_kernel_leaves_the_row_maxima_of_the_next_layer(wide, kind, mode, shifted, dtype):
+    """What smooth_quantize finds in the result is what the product left, bit for bit, from output 64 on."""
+    layer, view, q = operands(kind, mode, dtype, 150, n=256, k=128, rank=16)
+    following = packed_view(random_layer("int4", 128, 192, 16, act_unsigned=shifted))
+    out, peak = poisoned(150, 256, dtype=dtype), Peak(torch.zeros(150), following.smooth, shifted, 64)
+    w4_matmul(q, view, layer.bias, out, Finish(gelu_from=0, peak=peak))
+    found = smooth_quantize(out[:, 64:], following, mode, wide=True)
+    given = smooth_quantize(out[:, 64:], following, mode, row_amax=peak.amax, wide=True)
+    assert torch.equal(found.scales, given.scales) and torch.equal(found.codes, given.codes)
+    oracle = Peak(torch.zeros(150), following.smooth, shifted, 64)
+    w4_matmul_torch(q, view, layer.bias, poisoned(150, 256, dtype=dtype), Finish(gelu_from=0, peak=oracle))
+    torch.testing.assert_close(peak.amax, oracle.amax, rtol=2**-7 if dtype == BF16 else 2**-9, atol=0)
+    before = Peak(torch.full((150,), 1e6), following.smooth, shifted, 64)
+    w4_matmul(q, view, layer.bias, out, Finish(peak=before))
+    assert (before.amax == 1e6).all(), "a larger maximum from elsewhere stays"
+
+
 @pytest.mark.parametrize("kind, mode, bk", [("e4m3", "fast", 128), ("half", "exact", 64)])
 def test_wide_kernel_in_two_bands(wide, monkeypatch, kind, mode, bk):
     """The second band starts inside a batch and inside no tile of the first; every ending is told its rows."""
@@ -228,11 +248,11 @@ def test_wide_kernel_as_a_small_hopper_runs_it(wide, monkeypatch):
 
 
 def test_hopper_gives_back_what_its_e4m3_sums_lose(wide, monkeypatch):
-    layer, view, q = operands("e4m3", "fast", BF16, 5, n=128, k=512, rank=0)
+    layer, view, q = operands("e4m3", "fast", BF16, 5, n=128, k=2 * BLOCK, rank=0)
     want = torch.zeros(5, 128, dtype=torch.float64)
-    for block in range(2):  # a block of 256 has lost something with every scaling since, its own included
+    for block in range(2):  # a block has lost something with every scaling since, its own included
         codes = torch.zeros_like(q.codes)
-        codes[:, 256 * block : 256 * block + 256] = q.codes[:, 256 * block : 256 * block + 256]
+        codes[:, BLOCK * block : BLOCK * (block + 1)] = q.codes[:, BLOCK * block : BLOCK * (block + 1)]
         alone = w4_matmul(dataclasses.replace(q, codes=codes), view, None, poisoned(5, 128, dtype=FP32))
         want += alone.double() * (1 + wide.HOPPER_E4M3_LOSS) ** (2 - block)
     monkeypatch.setattr(wide, "target_for", lambda device: cuda_target(90))
@@ -283,8 +303,8 @@ def test_kernel_endings(interpreter, kind, mode):
 def test_kernel_residual_may_be_out(interpreter):
     layer, view, q = operands("int8", "fast", BF16, 5, n=128, k=128)
     gate, x = torch.randn(1, 128).to(BF16), torch.randn(5, 128).to(BF16)
-    want = w4_matmul(q, view, layer.bias, torch.empty_like(x), gate=gate, residual=x, rows_per_batch=5)
-    assert torch.equal(w4_matmul(q, view, layer.bias, x, gate=gate, residual=x, rows_per_batch=5), want)
+    want = w4_matmul(q, view, layer.bias, torch.empty_like(x), Finish(gate=gate, residual=x, rows_per_batch=5))
+    assert torch.equal(w4_matmul(q, view, layer.bias, x, Finish(gate=gate, residual=x, rows_per_batch=5)), want)
 
 
 def test_kernel_writes_a_slice_and_nothing_else(interpreter):
@@ -324,9 +344,9 @@ def test_misfits_are_refused():
     with pytest.raises(ValueError, match=r"out has shape \[5, 128\], expected \[5, 200\]"):
         w4_matmul(q, view, None, out[:, :128])
     with pytest.raises(ValueError, match="both or neither"):
-        w4_matmul(q, view, None, out, gate=torch.zeros(1, 200))
+        w4_matmul(q, view, None, out, Finish(gate=torch.zeros(1, 200)))
     with pytest.raises(ValueError, match=r"gate has shape \[1, 200\], expected \[2, 200\]"):
-        w4_matmul(q, view, None, out, gate=torch.zeros(1, 200), residual=out, rows_per_batch=3)
+        w4_matmul(q, view, None, out, Finish(gate=torch.zeros(1, 200), residual=out, rows_per_batch=3))
     with pytest.raises(ValueError, match="takes int4 or int8"):
         w4_matmul(q, packed_view(layer, "int8"), None, out)
     half = operands("half", "exact", BF16, 5)[2]

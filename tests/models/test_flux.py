@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tonfa.models import linear
 from tonfa.models.flux import Flux, Mod, gated, modulated
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.linear import PackedLinear, PlainLinear
@@ -222,3 +223,32 @@ def test_eight_steps_stay_near_the_dense_network(form, monkeypatch):
         want = [sample(dense, "weight_only", seed) for seed in range(5)]
         found = {c: statistics.median(snr(sample(model, c, s), w) for s, w in enumerate(want)) for c in ("fast", "exact")}
     assert found["fast"] > 33 and found["exact"] > 17
+
+
+@pytest.mark.parametrize("compute", ["fast", "exact"])
+def test_row_maxima_that_one_linear_leaves_for_the_next(compute, monkeypatch):
+    """The linear before a GELU leaves what the one behind it needs: in every MLP, and nothing of the block changes by a bit."""
+    monkeypatch.setattr("tonfa.models.flux.code_form", lambda device: "e4m3")
+    model, asked = load("mini_flux_int4", torch.bfloat16), []
+    a = block_inputs(model, 2, torch.bfloat16)
+
+    def run():
+        x = torch.cat((a["txt"], a["img"]), 1)
+        single = model.single_blocks[0](x, vec=a["vec"], pe=a["pe"], transformer_options=mode(compute))
+        return *model.double_blocks[0](**a, transformer_options=mode(compute)), single
+
+    with torch.inference_mode():
+        without = run()
+        monkeypatch.setattr("tonfa.models.linear.finds_peak", lambda part, compute, rows: asked.append((part.spec.k, rows)) or True)
+        taken = []
+        quantize = linear.quantize_for
+        monkeypatch.setattr(linear, "quantize_for", lambda *args: taken.append(args[4]) or quantize(*args))
+        left = run()
+        assert all(torch.equal(x, y) for x, y in zip(left, without, strict=True))
+        text, image = a["txt"].shape[1] * 2, a["img"].shape[1] * 2
+        assert [rows for _, rows in asked] == [text + image, image, text]
+        assert sum(amax is not None and bool((amax > 0).all()) for amax in taken) == 3
+        model.double_blocks[0].img_mlp[2].set_side(delta=torch.zeros(128, 512))
+        asked.clear()
+        assert all(torch.equal(x, y) for x, y in zip(run(), without, strict=True))
+        assert len(asked) == 2, "a linear with a side branch is told nothing: its input is looked at before it is quantised"
