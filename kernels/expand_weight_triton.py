@@ -40,9 +40,9 @@ def _scale(scales, n, group, NP, KP):
 
 
 @triton.jit
-def _largest(scales, n, slices, NP, KP, BLOCK: tl.constexpr):
-    """The largest scale of the block that a slice of 128 inputs lies in, 1 for 0."""
-    first = slices // (BLOCK // 128) * (BLOCK // 64)
+def _largest(scales, n, blocks, NP, KP, BLOCK: tl.constexpr):
+    """The largest scale of a block of inputs, 1 for 0."""
+    first = blocks * (BLOCK // 64)
     largest = _scale(scales, n, first, NP, KP)
     for i in tl.static_range(1, BLOCK // 64):
         largest = tl.maximum(largest, _scale(scales, n, first + i, NP, KP))
@@ -91,14 +91,16 @@ def _expand_weight(
             tl.store(out + at + 64, (high * (tl.div_rn(second, units) * 512.0)[:, :, None]).to(tl.float16), mask=live)
             tl.store(table + n, unit, mask=(n >= 0) & (tl.program_id(1) == 0))
         else:
-            largest = _largest(scales, n[:, None], s[None, :], NP, KP, BLOCK)
+            each: tl.constexpr = BLOCK // 128
+            blocks = tl.program_id(1) * (S // each) + tl.arange(0, S // each)
+            block_scale = _largest(scales, n[:, None], blocks[None, :], NP, KP, BLOCK)
+            largest = tl.reshape(tl.broadcast_to(block_scale[:, :, None], (BN, S // each, each)), (BN, S))
             tl.store(out + at, e4m3_byte(low * (tl.div_rn(first, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
             tl.store(out + at + 64, e4m3_byte(high * (tl.div_rn(second, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
-            each: tl.constexpr = BLOCK // 128
-            following = _largest(scales, n[:, None], s[None, :] + each, NP, KP, BLOCK)
-            ratio = tl.div_rn(largest, tl.where((s // each == (KP - 1) // BLOCK)[None, :], 32.0, following))
-            first_slice = ((s % each == 0) & (s < KP // 128))[None, :] & (n >= 0)[:, None]
-            tl.store(table + (s // each)[None, :] * NP + n[:, None], ratio, mask=first_slice)
+            following = _largest(scales, n[:, None], blocks[None, :] + 1, NP, KP, BLOCK)
+            last = (KP - 1) // BLOCK
+            ratio = tl.div_rn(block_scale, tl.where((blocks == last)[None, :], 32.0, following))
+            tl.store(table + blocks[None, :] * NP + n[:, None], ratio, mask=(blocks <= last)[None, :] & (n >= 0)[:, None])
 
 
 def program_slices(form: str, cols: int) -> int:

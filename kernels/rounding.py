@@ -94,6 +94,26 @@ def rounded_pairs(x, DTYPE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constex
 
 
 @triton.jit
+def in_registers(x, PTX: tl.constexpr):
+    """bf16 x itself, as a dot's left operand that Triton cannot leave in shared memory."""
+    if PTX:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        y = x
+    return y
+
+
+@triton.jit
+def settled(acc, PTX: tl.constexpr):
+    """An accumulator itself, used: what was multiplied into it so far has to be finished here."""
+    if PTX:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = acc
+    return y
+
+
+@triton.jit
 def storable(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
     """fp32 -> DTYPE tensor for a store, to nearest even."""
     if EMULATE and tl.bfloat16 == DTYPE:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .layout import SHIFT
 from .norm_modulate import Norm
-from .rounding import divided, has_pairs, inverse_of, rounded_pairs
+from .rounding import divided, has_pairs, inverse_of, rounded, rounded_pairs
 from .targets import interpreting, launch_device, target_for
 
 _SHIFT = tl.constexpr(SHIFT)
@@ -86,6 +86,22 @@ def norm_arguments(norm: Norm | None, unused: Tensor, rows: int) -> tuple[Tensor
     return shift, scale, shift.stride(0), scale.stride(0), min(norm.rows_per_batch, rows)
 
 
+@triton.jit
+def largest_smoothed(m, smooth, cols, K, DTYPE: tl.constexpr, UNSIGNED: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr):
+    """The largest |v| of every row of m, as `smoothed` makes v: rounding keeps an order, so one number of a row is rounded, not all."""
+    divisor = tl.load(smooth + cols[None, :], mask=(cols < K)[None, :], other=1.0)
+    m = tl.abs(m + _SHIFT if UNSIGNED else m)
+    if EMULATE:
+        v = tl.div_rn(m, tl.broadcast_to(divisor, m.shape))
+    else:
+        v = m * inverse_of(divisor, PTX)  # 2^-22 off, where a bf16 has 2^-9
+    largest = tl.max(tl.where((cols < K)[None, :], v, 0.0) if UNSIGNED else v, axis=1)
+    y = rounded(largest, DTYPE, EMULATE)
+    if tl.float16 == DTYPE:
+        y = tl.where(largest > 65504.0, largest, y)
+    return y
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_batch"])
 def _row_statistics(
     x, smooth, shift, scale, out, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch, eps,
@@ -109,10 +125,9 @@ def _row_statistics(
         if NORM:
             a = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
             b = modulated(b, mean, rstd, shift, scale, rows, more, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
-        v = smoothed(a.to(tl.float32), smooth, cols, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
-        w = smoothed(b.to(tl.float32), smooth, more, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
-        amax = tl.maximum(tl.max(tl.abs(v), axis=1), tl.max(tl.abs(w), axis=1))
-        tl.store(out + 2 * M + rows, amax, mask=live)
+        first = largest_smoothed(a.to(tl.float32), smooth, cols, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
+        second = largest_smoothed(b.to(tl.float32), smooth, more, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
+        tl.store(out + 2 * M + rows, tl.maximum(first, second), mask=live)
 
 
 @triton.jit

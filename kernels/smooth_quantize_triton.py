@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .layout import PartView
 from .norm_modulate import Norm
-from .rounding import divided, dot_split, e4m3_byte, e4m3_value, has_pairs, inverse_of, rne, safe_scale, storable
+from .rounding import divided, dot_split, e4m3_byte, e4m3_value, has_pairs, inverse_of, rne, safe_scale, settled, storable
 from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_statistics_triton, smoothed
 from .smooth_quantize_torch import QuantizedInput, kind_of, lowrank_dtype, plain_dtype
 from .targets import interpreting, launch_device, target_for
@@ -162,7 +162,7 @@ def _quantize(
                 d = down.load([k, rank])
             else:
                 d = tl.load(down + cols[:, None] * RANKS + ranks[None, :], mask=(ranks < RANKS)[None, :], other=0.0)
-            h = _low_rank(m, d, h, a.dtype, EMULATE)
+            h = _low_rank(m, d, h, a.dtype, PTX, EMULATE)
         if codes_too:
             v = smoothed(m.to(tl.float32), smooth, cols, K, a.dtype, UNSIGNED, PTX, EMULATE)
             _store_codes(codes, scales, v, factor, rows, k, M, K8, KIND, LARGEST, BYTES, BM, BK, PTX, EMULATE)
@@ -172,13 +172,17 @@ def _quantize(
 
 
 @triton.jit
-def _low_rank(m, d, h, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
-    """h + m @ d; m holds numbers of DTYPE."""
+def _low_rank(m, d, h, DTYPE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr):
+    """h + m @ d; m holds numbers of DTYPE.
+
+    Settled in every step: Triton 3.6 gives a tile that a wgmma and something else read from shared memory one buffer too few, and the
+    next load overwrites it while the wgmma still reads.
+    """
     if tl.bfloat16 == DTYPE and d.dtype == tl.bfloat16 and not EMULATE:
         h = tl.dot(m.to(tl.bfloat16), d, h)
     else:
         h = dot_split(m.to(tl.float32), d.to(tl.float32), h, tl.bfloat16 != DTYPE, tl.bfloat16 != d.dtype, EMULATE)
-    return h
+    return settled(h, PTX)
 
 
 @triton.jit(do_not_specialize=["total", "pieces"])

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import PartSpec, PartView
-from .rounding import dot_split, operand, rounded, storable
+from .rounding import dot_split, inverse_of, operand, rounded, storable
 from .smooth_quantize_torch import QuantizedInput
 from .targets import interpreting, launch_device, target_for
 from .tiles import matmul_tile
@@ -117,10 +117,15 @@ def _half_product(
 
 
 @triton.jit
-def _gelu_tanh(y):
+def _gelu_tanh(y, PTX: tl.constexpr):
     """0.5*y*(1 + tanh(z)) = y * sigmoid(2z), z = sqrt(2/pi) * (y + 0.044715*y^3); exp, because libdevice fails in the interpreter."""
     z = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-    return y / (1.0 + tl.exp(-2.0 * z))
+    below = 1.0 + tl.exp(-2.0 * z)
+    if PTX:
+        result = y * inverse_of(below, PTX)  # a division would be half of this
+    else:
+        result = y / below
+    return result
 
 
 @triton.jit
@@ -137,7 +142,7 @@ def _add_lowrank(acc, lowrank, up, n, m, seg, ROWS: tl.constexpr, RANK: tl.const
 @triton.jit
 def finish_rows(
     y, out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from,
-    ACCUMULATE: tl.constexpr, GELU: tl.constexpr, GATE: tl.constexpr, EMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, GELU: tl.constexpr, GATE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Ending and store of y [BM, BN]; returns y as it was stored, but for the rounding."""
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -149,7 +154,7 @@ def finish_rows(
     if GELU or GATE:
         y = rounded(y, DTYPE, EMULATE)
     if GELU:
-        y = tl.where((n >= gelu_from)[None, :], rounded(_gelu_tanh(y), DTYPE, EMULATE), y)
+        y = tl.where((n >= gelu_from)[None, :], rounded(_gelu_tanh(y, PTX), DTYPE, EMULATE), y)
     if GATE:
         g = tl.load(gate + (m64 // rows_per_batch)[:, None] * gate_row + n[None, :], mask=mask, other=0.0).to(tl.float32)
         y = tl.load(residual + m64[:, None] * residual_row + n[None, :] * residual_col, mask=mask, other=0.0).to(tl.float32) + g * y
@@ -220,7 +225,7 @@ def _w4_matmul(
         acc += tl.load(shift_bias + n)[:, None]
     finish_rows(
         tl.trans(acc), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from,
-        ACCUMULATE, GELU, GATE, EMULATE,
+        ACCUMULATE, GELU, GATE, PTX, EMULATE,
     )  # fmt: skip
 
 

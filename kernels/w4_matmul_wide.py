@@ -18,10 +18,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .expand_weight_torch import BLOCK
 from .expand_weight_triton import expand_weight_triton
 from .layout import PartView
-from .rounding import has_pairs, rounded
-from .row_statistics_triton import smoothed
+from .rounding import has_pairs, in_registers, rounded
+from .row_statistics_triton import largest_smoothed
 from .smooth_quantize_torch import QuantizedInput
-from .targets import Target, launch_device, target_for
+from .targets import Target, interpreting, launch_device, target_for
 from .tiles import wide_bands
 from .w4_matmul_torch import Finish
 from .w4_matmul_triton import check_segments, finish_rows, launch_sizes, launch_switches, rank_step, unit_gate
@@ -52,12 +52,6 @@ def _dot(w_from, x_from, n, m, KP, k, acc, COPY_ENGINE: tl.constexpr, BK: tl.con
 
 
 @triton.jit
-def _in_registers(u):
-    """u itself. From shared memory, this one product would have ptxas wait for each of the loop's (its warning C7515)."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [u], dtype=tl.bfloat16, is_pure=True, pack=2)
-
-
-@triton.jit
 def _lowrank(
     acc, up, lowrank, n, m, seg, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, TF32: tl.constexpr,
     COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr,
@@ -76,7 +70,8 @@ def _lowrank(
         elif TF32:
             acc = tl.dot(u.to(tl.float32), h.T, acc, input_precision="tf32")
         else:
-            acc = tl.dot(_in_registers(u) if COPY_ENGINE else u, h.T, acc)
+            u = in_registers(u, COPY_ENGINE)  # from shared memory, ptxas would serialise the main loop's products too (its warning C7515)
+            acc = tl.dot(u, h.T, acc)
     return acc
 
 
@@ -140,13 +135,13 @@ def _w4_matmul_wide(
             y += tl.load(shift_bias + n)[:, None]
         y = finish_rows(
             tl.trans(y), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch,
-            gelu_from, ACCUMULATE, GELU, GATE, EMULATE,
+            gelu_from, ACCUMULATE, GELU, GATE, PTX, EMULATE,
         )  # fmt: skip
         if PEAK:
             y = rounded(y, out.dtype.element_ty, EMULATE)
-            col = tl.maximum(n - peak_first, 0)
-            v = smoothed(y, next_smooth, col, N - peak_first, out.dtype.element_ty, PEAK == 2, PTX, EMULATE)
-            largest = tl.max(tl.where(((n >= peak_first) & (n < N))[None, :], tl.abs(v), 0.0), axis=1)
+            y = tl.where((n >= peak_first)[None, :], y, 0.0)
+            col = tl.where(n >= peak_first, n - peak_first, N)  # N: beyond the next layer's K
+            largest = largest_smoothed(y, next_smooth, col, N - peak_first, out.dtype.element_ty, PEAK == 2, PTX, EMULATE)
             # As integers, numbers from 0 on have the same order: a maximum that does not depend on who comes first.
             tl.atomic_max(peak + m, largest.to(tl.int32, bitcast=True), mask=m < M, sem="relaxed")
 
@@ -206,7 +201,7 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
                 out if peak is None else peak.amax.view(torch.int32), out if peak is None else peak.smooth,
                 e4m3_gain(target) if kind == "row" else 1.0, start, stop, *sizes, 0 if peak is None else peak.first,
                 KIND=kind, RB=block, BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
-                PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target), COPY_ENGINE=target.copy_engine,
+                PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target) and not interpreting(), COPY_ENGINE=target.copy_engine,
                 **switches, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out
