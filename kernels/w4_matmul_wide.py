@@ -201,7 +201,8 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
                 out if peak is None else peak.amax.view(torch.int32), out if peak is None else peak.smooth,
                 e4m3_gain(target) if kind == "row" else 1.0, start, stop, *sizes, 0 if peak is None else peak.first,
                 KIND=kind, RB=block, BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
-                PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target) and not interpreting(), COPY_ENGINE=target.copy_engine,
+                PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target) and not interpreting(),
+                COPY_ENGINE=target.copy_engine,
                 **switches, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out
