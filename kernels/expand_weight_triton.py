@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .expand_weight_torch import BLOCK, ExpandedWeight
+from .block_scale import BLOCK
+from .expand_weight_torch import ExpandedWeight
 from .layout import PartView
 from .rounding import e4m3_byte, storable
 from .targets import interpreting, launch_device, target_for
@@ -40,16 +41,6 @@ def _scale(scales, n, group, NP, KP):
 
 
 @triton.jit
-def _largest(scales, n, blocks, NP, KP, BLOCK: tl.constexpr):
-    """The largest scale of a block of inputs, 1 for 0."""
-    first = blocks * (BLOCK // 64)
-    largest = _scale(scales, n, first, NP, KP)
-    for i in tl.static_range(1, BLOCK // 64):
-        largest = tl.maximum(largest, _scale(scales, n, first + i, NP, KP))
-    return tl.where(largest > 0.0, largest, 1.0)
-
-
-@triton.jit
 def _unit(scales, n, NP, KP, GROUPS: tl.constexpr):
     """The power of two in the largest scale of rows n [BN]; 1 for a row of zeros."""
     groups = tl.arange(0, GROUPS)
@@ -61,7 +52,7 @@ def _unit(scales, n, NP, KP, GROUPS: tl.constexpr):
 
 @triton.jit
 def _expand_weight(
-    codes, scales, out, table, NP, KP,
+    codes, scales, block_scale, out, table, NP, KP,
     FORM: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PTX: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -92,15 +83,15 @@ def _expand_weight(
             tl.store(table + n, unit, mask=(n >= 0) & (tl.program_id(1) == 0))
         else:
             each: tl.constexpr = BLOCK // 128
-            blocks = tl.program_id(1) * (S // each) + tl.arange(0, S // each)
-            block_scale = _largest(scales, n[:, None], blocks[None, :], NP, KP, BLOCK)
-            largest = tl.reshape(tl.broadcast_to(block_scale[:, :, None], (BN, S // each, each)), (BN, S))
-            tl.store(out + at, e4m3_byte(low * (tl.div_rn(first, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
-            tl.store(out + at + 64, e4m3_byte(high * (tl.div_rn(second, largest) * 16384.0)[:, :, None], EMULATE), mask=live)
-            following = _largest(scales, n[:, None], blocks[None, :] + 1, NP, KP, BLOCK)
+            block = (s // each)[None, :]
             last = (KP - 1) // BLOCK
-            ratio = tl.div_rn(block_scale, tl.where((blocks == last)[None, :], 32.0, following))
-            tl.store(table + blocks[None, :] * NP + n[:, None], ratio, mask=(blocks <= last)[None, :] & (n >= 0)[:, None])
+            live = (s < KP // 128)[None, :] & (n >= 0)[:, None]
+            e = tl.load(block_scale + block * NP + n[:, None], mask=live, other=1.0).to(tl.float32)
+            following = tl.load(block_scale + tl.minimum(block + 1, last) * NP + n[:, None], mask=live, other=1.0).to(tl.float32)
+            tl.store(out + at, e4m3_byte(low * (tl.div_rn(first, e) * 2048.0)[:, :, None], EMULATE), mask=live[:, :, None])
+            tl.store(out + at + 64, e4m3_byte(high * (tl.div_rn(second, e) * 2048.0)[:, :, None], EMULATE), mask=live[:, :, None])
+            ratio = tl.div_rn(e, tl.where(block == last, 4.0, following))
+            tl.store(table + block * NP + n[:, None], ratio, mask=live & (s % each == 0)[None, :])
 
 
 def program_slices(form: str, cols: int) -> int:
@@ -122,6 +113,7 @@ def expand_weight_triton(part: PartView, form: str, dtype: torch.dtype | None = 
         _expand_weight[(rows // ROWS, triton.cdiv(cols // 128, slices))](
             part.codes,
             part.scales.view(torch.uint8) if form == "plain" else part.scales,  # Triton has no e4m3 type below sm_89
+            part.scales if part.block_scale is None else part.block_scale,
             values.view(torch.uint8) if form == "e4m3" else values, values if table is None else table, rows, cols,
             FORM=form, GROUPS=triton.next_power_of_2(cols // 64) if form == "half" else 1, BLOCK=BLOCK, BN=ROWS, S=slices,
             PTX=target_for(device).name.startswith("sm_"), EMULATE=interpreting(), num_warps=4,

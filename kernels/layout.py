@@ -13,6 +13,7 @@ multiples of 128, Rp is the rank rounded up to a multiple of 16, S the number of
     smooth         fp32   [Kp]                                     W4A4 only, padding: ones
     down           16-bit [Kp, S*Rp]                               rank > 0 only, bf16 or fp16 as in the file
     up             16-bit [Np, Rp]                                 rank > 0 only, the same type
+    block_scale    like scales [ceil(Kp/1024), Np]                 code form e4m3 only (block_scale.py), padding: ones
     channel_scale  fp32   [Np]                                     NVFP4 only, padding: ones
     shift_bias     fp32   [Np]         SHIFT * rowsum(W4/smooth)   act_unsigned only
 
@@ -30,7 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LAYOUT_VERSION = 2
+from .block_scale import BLOCK, block_scale
+
+LAYOUT_VERSION = 3
 SHIFT = 0.171875  # added to GELU outputs before they are quantised without a sign (INT4 files); exact in bf16 and fp16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ALIGN = 256
@@ -305,6 +308,8 @@ class PartSpec:
             pair = _PAIR_DTYPES[self.pair_dtype]
             shapes["down"] = (pair, (kp, len(self.segments) * rp))
             shapes["up"] = (pair, (np, rp))
+        if self.code_form == "e4m3":
+            shapes["block_scale"] = (scale, (-(-kp // BLOCK), np))
         if self.has_channel_scale:
             shapes["channel_scale"] = (torch.float32, (np,))
         if self.act_unsigned:
@@ -357,6 +362,7 @@ class PartView:
     smooth: Tensor | None = None
     down: Tensor | None = None
     up: Tensor | None = None
+    block_scale: Tensor | None = None
     channel_scale: Tensor | None = None
     shift_bias: Tensor | None = None
 
@@ -475,6 +481,9 @@ def _fill(view: PartView, layer: LogicalLinear) -> None:
             at = i * part.rank_padded
             view.down[:k, at : at + rank].copy_(layer.down[i * rank : (i + 1) * rank].t())
         view.up[:n, :rank].copy_(layer.up)
+    if view.block_scale is not None:
+        view.block_scale.fill_(1.0)
+        view.block_scale[:, :n].copy_(F.pad(block_scale(layer.scales), (0, view.block_scale.shape[0] - -(-k // BLOCK)), value=1.0).t())
     if view.channel_scale is not None:
         view.channel_scale.fill_(1.0)
         view.channel_scale[:n].copy_(layer.channel_scale)
@@ -517,7 +526,8 @@ def views(spec: PackSpec, blob: Tensor) -> list[PartView]:
 def check_header(spec: PackSpec, blob: Tensor) -> None:
     """Raises ValueError when the blob was not written by this version of `pack` for this plan. Reads 28 bytes from the device."""
     if blob.dtype != torch.uint8 or tuple(blob.shape) != (spec.nbytes,):
-        raise ValueError(f"the packed weight is {blob.dtype} {list(blob.shape)}, expected uint8 [{spec.nbytes}]")
+        found = f"the packed weight is {blob.dtype} {list(blob.shape)}, expected uint8 [{spec.nbytes}]"
+        raise ValueError(f"{found}: it belongs to another layer or was packed for another kind of GPU. Load the checkpoint again")
     magic, version, parts, nbytes, crc = _HEADER.unpack(bytes(blob[: _HEADER.size].tolist()))
     if magic != _MAGIC:
         raise ValueError("the packed weight does not start with Tonfa's mark: it was overwritten, or is not a packed weight")

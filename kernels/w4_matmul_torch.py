@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .expand_weight_torch import BLOCK, expand_weight_torch
+from .block_scale import BLOCK
+from .expand_weight_torch import expand_weight_torch
 from .layout import PartView, signed_codes
 from .norm_modulate import batch_rows
 from .smooth_quantize_torch import QuantizedInput, divided_by_smooth

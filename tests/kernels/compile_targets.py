@@ -27,7 +27,7 @@ from tonfa.kernels import smooth_quantize_triton as quantize
 from tonfa.kernels import w4_matmul_triton as matmul
 from tonfa.kernels import w4_matmul_wide as wide
 from tonfa.kernels import w4a16_linear_triton as linear
-from tonfa.kernels.expand_weight_torch import BLOCK
+from tonfa.kernels.block_scale import BLOCK
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
 from tonfa.kernels.tiles import Tile, linear_tile, matmul_tile, quantize_tile, wide_bands
@@ -189,7 +189,7 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1
 
 def expand_variant(form: str, target: Target, scales: str, k: int) -> Variant:
     stored = {"e4m3": "*u8", "half": "*fp16", "plain": "*bf16"}[form]
-    types = {"codes": "*u8", "scales": scales, "NP": "i32", "KP": "i32", "out": stored, "table": "*fp32"}
+    types = {"codes": "*u8", "scales": scales, "block_scale": scales, "NP": "i32", "KP": "i32", "out": stored, "table": "*fp32"}
     constants = {
         "FORM": form, "PTX": target.name.startswith("sm_"), "GROUPS": triton.next_power_of_2(k // 64) if form == "half" else 1,
         "BLOCK": BLOCK, "BN": expand.ROWS, "S": expand.program_slices(form, k), "EMULATE": False,

@@ -80,7 +80,7 @@ def test_bytes_are_where_the_kernels_look(code_form):
 def test_fields_are_aligned_and_zero_copy():
     layer = random_layer("int4", 200, 192, 10, act_unsigned=True)
     spec = plan(layer.n, layer.k, [(layer, 0, 0)], "e4m3")
-    assert set(spec.offsets(0)) == {"codes", "scales", "smooth", "down", "up", "shift_bias"}
+    assert set(spec.offsets(0)) == {"codes", "scales", "smooth", "down", "up", "block_scale", "shift_bias"}
     assert all(f.offset % 256 == 0 for f in spec.offsets(0).values())
     blob = pack(spec, [layer])
     view = views(spec, blob)[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tonfa.kernels.expand_weight_torch import BLOCK
+from tonfa.kernels.block_scale import BLOCK
 from tonfa.kernels.layout import SHIFT, LogicalLinear, dense_bias, dense_weight, dense_weight4
 from tonfa.kernels.norm_modulate import Norm
 from tonfa.kernels.smooth_quantize import smooth_quantize

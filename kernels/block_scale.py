@@ -1,0 +1,47 @@
+"""The scale that 1024 inputs of an INT4 weight row share when its codes are multiplied as e4m3 numbers.
+
+A product of e4m3 operands knows no group scales, so a code is multiplied by s / e beforehand, s being its group's scale and e its block's,
+and rounded to e4m3's four significant bits. Codes of a group whose s / e is a power of two stay exact; of the others f = s / e between two
+powers of two decides how much they lose (none of them more than 6 %). e is the scale of one of the block's groups: the one with the least
+sum of what all groups lose, s^2 * loss(f). On normally distributed weights 2.3 % of a weight are lost: 1.8 % where two groups share a
+scale (128 inputs) and 2.4 % where a row does.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 1024  # inputs; a row's last block may be shorter
+GROUPS = BLOCK // 64
+_BINS = 256
+
+
+@functools.lru_cache
+def _loss(device: torch.device) -> Tensor:
+    """fp32 [_BINS]: mean square of what code * f loses, f = 1 + (i + 1/2) / _BINS, for codes as quantising normal numbers spreads them."""
+    code = torch.arange(9.0)
+    often = torch.tensor([0.149, 0.271, 0.221, 0.159, 0.094, 0.056, 0.028, 0.023, 0.0])
+    f = 1 + (torch.arange(_BINS) + 0.5)[:, None] / _BINS
+    return (((code * f).to(torch.float8_e4m3fn).float() / f - code).square() * often).sum(1).to(device)
+
+
+def block_scale(scales: Tensor) -> Tensor:
+    """e of every block: group scales [N, K / 64] (not negative) -> fp32 [N, ceil(K / BLOCK)]; 1 for a block of zeros.
+
+    No group's scale is more than 8 times e, so that codes times s / e times 4 stay inside e4m3.
+    """
+    blocks = F.pad(scales.float(), (0, -scales.shape[1] % GROUPS)).unflatten(1, (-1, GROUPS))
+    loss, largest = _loss(scales.device), blocks.amax(2)
+    found, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
+    for e in blocks.unbind(2):
+        ratio = blocks / torch.where(e > 0, e, 1.0)[:, :, None]
+        bits = ratio.view(torch.int32)
+        lost = torch.where(bits & 0x7FFFFF == 0, 0.0, loss[(bits >> 15) & (_BINS - 1)])
+        total = (lost * blocks.square()).sum(2)
+        better = (e > 0) & (8 * e >= largest) & (total < least)
+        found, least = torch.where(better, e, found), torch.where(better, total, least)
+    return found
