@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .block_scale import BLOCK
 from .expand_weight_triton import expand_weight_triton
 from .layout import PartView
-from .rounding import has_pairs, in_registers, rounded
+from .rounding import has_pairs, in_registers, rounded, settled
 from .row_statistics_triton import largest_smoothed
 from .smooth_quantize_torch import QuantizedInput
 from .targets import Target, interpreting, launch_device, target_for
@@ -26,10 +26,10 @@ from .tiles import wide_bands
 from .w4_matmul_torch import Finish
 from .w4_matmul_triton import check_segments, finish_rows, launch_sizes, launch_switches, rank_step, unit_gate
 
-# Hopper adds e4m3 products to its accumulator with about 14 bits and truncates. Per 256 products the sum so far loses 6e-5 of itself on
-# average with inputs of both signs, and gains with those of a GELU (measured on an H200). A fifth of it is given back with every scaling,
-# which leaves both below 3e-3 at K 12288.
-HOPPER_E4M3_LOSS = 1.2e-5 * BLOCK / 256
+# Hopper adds e4m3 products to its accumulator with about 14 bits and truncates. What the sum so far loses of itself per 256 products, on
+# average and measured on an H200: with inputs of both signs it shrinks, with those of a GELU, nearly all of one sign, it grows. It is given
+# back with every scaling.
+HOPPER_E4M3_LOSS = {"signed": 5e-5, "unsigned": -3.5e-5}
 GROUP_M = {"row": 16, "half": 8, "plain": 8}
 RANKS_A_STEP = 32
 
@@ -52,26 +52,28 @@ def _dot(w_from, x_from, n, m, KP, k, acc, COPY_ENGINE: tl.constexpr, BK: tl.con
 
 
 @triton.jit
-def _lowrank(
-    acc, up, lowrank, n, m, seg, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, TF32: tl.constexpr,
-    COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """acc [BN, BM] + up @ h^T: both bf16, or in tf32, which holds 16-bit numbers exactly and fp32 ones with 11 significant bits."""
-    for r in tl.range(0, RANK, RB, num_stages=1):  # pipelined, operands that are still read are overwritten (Triton 3.6)
-        if COPY_ENGINE:
-            u = up.load([n, r])
-            h = lowrank.load([m, seg * RANK + r])
-        else:
-            ranks = r + tl.arange(0, RB)[None, :]
-            u = tl.load(up + n.to(tl.int64)[:, None] * RANK + ranks)
-            h = tl.load(lowrank + m.to(tl.int64)[:, None] * ROWS + seg * RANK + ranks)
-        if EMULATE:
-            acc = tl.dot(u.to(tl.float32), h.to(tl.float32).T, acc, input_precision="ieee")
-        elif TF32:
-            acc = tl.dot(u.to(tl.float32), h.T, acc, input_precision="tf32")
-        else:
-            u = in_registers(u, COPY_ENGINE)  # from shared memory, ptxas would serialise the main loop's products too (its warning C7515)
-            acc = tl.dot(u, h.T, acc)
+def _lowrank_operands(up, lowrank, n, m, seg, r, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, COPY_ENGINE: tl.constexpr):
+    """Ranks r to r + RB of up [BN, RB] and of the low-rank activation [BM, RB]."""
+    if COPY_ENGINE:
+        u = up.load([n, r])
+        h = lowrank.load([m, seg * RANK + r])
+    else:
+        ranks = r + tl.arange(0, RB)[None, :]
+        u = tl.load(up + n.to(tl.int64)[:, None] * RANK + ranks)
+        h = tl.load(lowrank + m.to(tl.int64)[:, None] * ROWS + seg * RANK + ranks)
+    return u, h
+
+
+@triton.jit
+def _lowrank_dot(u, h, acc, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr):
+    """acc [BN, BM] + u @ h^T: both bf16, or in tf32, which holds 16-bit numbers exactly and fp32 ones with 11 significant bits."""
+    if EMULATE:
+        acc = tl.dot(u.to(tl.float32), h.to(tl.float32).T, acc, input_precision="ieee")
+    elif TF32:
+        acc = tl.dot(u.to(tl.float32), h.T, acc, input_precision="tf32")
+    else:
+        u = in_registers(u, COPY_ENGINE)  # from shared memory, ptxas would serialise the main loop's products too (its warning C7515)
+        acc = tl.dot(u, h.T, acc)
     return acc
 
 
@@ -79,7 +81,7 @@ def _lowrank(
 def _w4_matmul_wide(
     w_from, x_from, up, lowrank, table, x_scales, channel_scale, shift_bias, bias, out, residual, gate, peak, next_smooth, gain,
     start, M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3, peak_first,
-    KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, SEGMENTS: tl.constexpr,
+    KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, EARLY: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
     GATE: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     GROUP_M: tl.constexpr, PIECES: tl.constexpr, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
@@ -105,6 +107,10 @@ def _w4_matmul_wide(
     else:
         w_rows = n
         x_rows = tl.minimum(m0 + tl.arange(0, BM), M - 1)
+    if RANK > 0:
+        seg = (n0 >= seg1).to(tl.int32) + (n0 >= seg2).to(tl.int32) + (n0 >= seg3).to(tl.int32)
+        if EARLY:  # behind the main loop nothing would hide the time they take
+            u_first, h_first = _lowrank_operands(up, lowrank, w_rows, x_rows, seg, 0, SEGMENTS * RANK, RANK, RB, COPY_ENGINE)
     if KIND == "row":
         ratio = tl.load(table + n)  # one block ahead: a ratio loaded where it is used is waited for in every block
         for k in range(0, KP, 128):
@@ -122,8 +128,13 @@ def _w4_matmul_wide(
     if KIND != "plain":
         acc *= tl.load(x_scales + tl.minimum(m0 + tl.arange(0, BM), M - 1))[None, :]
     if RANK > 0:
-        seg = (n0 >= seg1).to(tl.int32) + (n0 >= seg2).to(tl.int32) + (n0 >= seg3).to(tl.int32)
-        acc = _lowrank(acc, up, lowrank, w_rows, x_rows, seg, SEGMENTS * RANK, RANK, RB, TF32, COPY_ENGINE, EMULATE)
+        if EARLY:
+            acc = _lowrank_dot(u_first, h_first, acc, TF32, COPY_ENGINE, EMULATE)
+        else:
+            # Settled: pipelined, operands that are still read would be overwritten (Triton 3.6).
+            for r in tl.range(0, RANK, RB, num_stages=1 if TF32 else 4):
+                u, h = _lowrank_operands(up, lowrank, w_rows, x_rows, seg, r, SEGMENTS * RANK, RANK, RB, COPY_ENGINE)
+                acc = settled(_lowrank_dot(u, h, acc, TF32, COPY_ENGINE, EMULATE), COPY_ENGINE and not EMULATE)
     # The ending piece by piece: fewer registers at once.
     pieces = _pieces(acc, BN, BM, PIECES)
     for i in tl.static_range(PIECES):
@@ -162,9 +173,10 @@ def _pieces(acc, BN: tl.constexpr, BM: tl.constexpr, PIECES: tl.constexpr):
     return result
 
 
-def e4m3_gain(target: Target) -> float:
+def e4m3_gain(target: Target, unsigned: bool) -> float:
     """What the accumulator of an e4m3 product is multiplied by behind every BLOCK inputs."""
-    return 1.0 + HOPPER_E4M3_LOSS if target.name == "sm_90" else 1.0
+    loss = HOPPER_E4M3_LOSS["unsigned" if unsigned else "signed"]
+    return 1.0 + loss * BLOCK / 256 if target.name == "sm_90" else 1.0
 
 
 def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish) -> Tensor:
@@ -186,6 +198,7 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
     table = weight.ratio if kind == "row" else weight.scale
     tf32 = rank > 0 and not q.lowrank.dtype == part.up.dtype == torch.bfloat16
     block = rank_step(rank, RANKS_A_STEP)
+    early = rank > 0 and rank == block and not tf32 and finish.gate is None  # a gate's operands need the registers
     switches = launch_switches(part, rank, shift, bias, finish)
     sizes = launch_sizes(spec, rows, out, finish)[1:]
     with launch_device(out.device):
@@ -199,8 +212,8 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
                 out if bias is None else bias.contiguous(), out, out if finish.residual is None else finish.residual,
                 out if finish.gate is None else finish.gate,
                 out if peak is None else peak.amax.view(torch.int32), out if peak is None else peak.smooth,
-                e4m3_gain(target) if kind == "row" else 1.0, start, stop, *sizes, 0 if peak is None else peak.first,
-                KIND=kind, RB=block, BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
+                e4m3_gain(target, spec.act_unsigned) if kind == "row" else 1.0, start, stop, *sizes, 0 if peak is None else peak.first,
+                KIND=kind, RB=block, EARLY=early, BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
                 PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target) and not interpreting(),
                 COPY_ENGINE=target.copy_engine,
                 **switches, num_warps=tile.warps, num_stages=tile.stages,

@@ -163,6 +163,7 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1
     """The product of kind "row", "half" or "plain" with 3072 outputs, in the tiles of every band."""
     tf32 = not (kind == "row" and dtype == torch.bfloat16 and pair == "bf16")
     step = matmul.rank_step(rank, wide.RANKS_A_STEP)
+    early = rank == step and not tf32 and not flags.get("GATE")
     element, operands = {"row": ("fp8e4nv", "e4m3"), "half": ("fp16", "fp16"), "plain": ("bf16", "bf16")}[kind]
     kernel = wide._w4_matmul_wide
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
@@ -176,7 +177,7 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1
         for argument, (stored, rows, cols) in sources.items():
             sources[argument] = f"tensordesc<{stored}[{rows}, {cols}]>" if target.copy_engine else f"*{stored}"
         constants = {
-            "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "TF32": tf32, "SEGMENTS": segments,
+            "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "EARLY": early, "TF32": tf32, "SEGMENTS": segments,
             "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": wide.GROUP_M[kind], "PIECES": tile.pieces,
             "PEAK": peak, "BLOCK": BLOCK, "PTX": rounding.has_pairs(target), "COPY_ENGINE": target.copy_engine, "EMULATE": False,
             **{n: bool(flags.get(n)) for n in SWITCHES},

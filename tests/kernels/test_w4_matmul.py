@@ -254,7 +254,7 @@ def test_hopper_gives_back_what_its_e4m3_sums_lose(wide, monkeypatch):
         codes = torch.zeros_like(q.codes)
         codes[:, BLOCK * block : BLOCK * (block + 1)] = q.codes[:, BLOCK * block : BLOCK * (block + 1)]
         alone = w4_matmul(dataclasses.replace(q, codes=codes), view, None, poisoned(5, 128, dtype=FP32))
-        want += alone.double() * (1 + wide.HOPPER_E4M3_LOSS) ** (2 - block)
+        want += alone.double() * wide.e4m3_gain(cuda_target(90), False) ** (2 - block)
     monkeypatch.setattr(wide, "target_for", lambda device: cuda_target(90))
     hopper = w4_matmul(q, view, None, poisoned(5, 128, dtype=FP32))
     torch.testing.assert_close(hopper.double(), want, rtol=2e-6, atol=1e-5)
