@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from tonfa.kernels import layout
+from tonfa.kernels.block_scale import BLOCK
 from tonfa.kernels.layout import LogicalLinear
 from tonfa.kernels.targets import Target, cuda_target, hip_target
 
@@ -101,7 +102,7 @@ class Form:
 
 
 # Kept in step with kernels/w4_matmul_triton.py (int8) and kernels/w4_matmul_wide.py (the others).
-ROW = Form("e4m3, accumulator times a ratio every 128", "e4m3", 128, fp32=1)
+ROW = Form(f"e4m3, accumulator times a ratio every {BLOCK}", "e4m3", BLOCK, fp32=1)
 HALF = Form("fp16 operands, scales inside", "half")
 INT8 = Form("int8, converted and scaled every 64", "int8", 64, fp32=2, convert=1)
 INT8_BY_ADDING = Form("int8, converted by adding 3 * 2^22 and scaled every 64", "int8", 64, fp32=3, integer=1)

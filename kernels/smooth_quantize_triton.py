@@ -23,6 +23,8 @@ from .smooth_quantize_torch import QuantizedInput, kind_of, lowrank_dtype, plain
 from .targets import interpreting, launch_device, target_for
 from .tiles import Tile, quantize_tile
 
+DESCRIPTOR_COLUMNS = 4096  # shorter rows gain little from tensor descriptors, and making them costs the CPU as much as a launch
+
 
 @triton.jit
 def _e2m1(u):
@@ -250,7 +252,7 @@ def smooth_quantize_triton(
     products = q.codes if ranks == 0 else q.lowrank
     if ranks and tile.pieces > 1:
         products = torch.empty(tile.pieces, rows, ranks, dtype=torch.float32, device=device)
-    engine = target.copy_engine and kp >= 4096 and copyable(x)  # of little use to short rows, and it costs the CPU as much as a launch
+    engine = target.copy_engine and kp >= DESCRIPTOR_COLUMNS and copyable(x)
     source, down = x, q.codes if ranks == 0 else part.down
     if engine:
         source = TensorDescriptor.from_tensor(x, [tile.bm, tile.bk])

@@ -115,7 +115,7 @@ TOOLTIPS = {
     "cache_threshold": "Kept for saved graphs; does nothing yet (no first-block cache is built in). ComfyUI's EasyCache works here.",
     "attention": (
         "Kept for saved graphs; does nothing: the attention that ComfyUI was started with is used (for instance --use-flash-attention or "
-        "--use-sage-attention)."
+        "--use-sage-attention). Where none was chosen, cuDNN's is taken on GPUs where it is the fastest."
     ),
     "cpu_offload": (
         "Kept for saved graphs; does nothing: ComfyUI's memory manager moves and streams this model as it does its own "

@@ -162,7 +162,8 @@ def test_kernel_through_tensor_descriptors(interpreter, monkeypatch, form, mode,
     import tonfa.kernels.smooth_quantize_triton as module
 
     torch.manual_seed(13)
-    k = 4160
+    monkeypatch.setattr(module, "DESCRIPTOR_COLUMNS", 256)
+    k = 320
     view = packed_view(random_layer("int4", 128, k, rank), form)
     whole = torch.randn(5, k + 8).to(BF16)
     norm = Norm(torch.randn(1, k).to(BF16), torch.randn(1, k).to(BF16), 5)
