@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,7 @@ def wide_tile(target: Target, kind: str) -> Tile:
 
 
 _LAST_ROWS = Tile(128, 128, 64, 8, 3)  # half of Hopper's "16 bit" tile
+ALL_TILES: ContextVar[bool] = ContextVar("ALL_TILES", default=False)  # set while kernels are compiled ahead: take every tile there is
 
 
 def wide_bands(target: Target, kind: str, rows: int, n: int) -> list[tuple[int, int, Tile]]:
@@ -103,6 +105,8 @@ def wide_bands(target: Target, kind: str, rows: int, n: int) -> list[tuple[int, 
     multiprocessors); then the last rows are made in tiles of half the size.
     """
     tile = wide_tile(target, kind)
+    if ALL_TILES.get() and tile.bm == 256 < rows:
+        return [(0, 256, tile), (256, rows, _LAST_ROWS)]
     across = -(-n // tile.bn)
     tiles = across * -(-rows // tile.bm)
     rounds, left = divmod(tiles, max(target.multiprocessors, 1))

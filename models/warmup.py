@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from ..kernels.targets import resolve_compute, triton_reason
+from ..kernels.tiles import ALL_TILES
 from .flux import build_blocks, rope_table
 from .formats.checkpoint import FluxCheckpoint
 
 log = logging.getLogger(__name__)
 
-TOKENS = 256  # of either stream: from here on products take the kernels for many tokens
+TOKENS = 512  # of either stream: enough for the kernels for many tokens, in every tile
 
 
 def warm_up(checkpoint: FluxCheckpoint, device: torch.device, dtype: torch.dtype, compute: str = "auto") -> Callable[[], None]:
@@ -58,9 +59,13 @@ def _run_block(checkpoint: FluxCheckpoint, kind: str, device: torch.device, dtyp
     ids[..., -1] = torch.arange(2 * TOKENS, device=device)
     pe = rope_table(ids, config["axes_dim"], config["theta"])
     width, options = config["hidden_size"], {"tonfa": {"compute": compute}}
-    for block in double:
-        block(noise(1, TOKENS, width), noise(1, TOKENS, width), noise(1, width), pe, transformer_options=options)
-    for block in single:
-        block(noise(1, 2 * TOKENS, width), noise(1, width), pe, transformer_options=options)
+    every_tile = ALL_TILES.set(True)  # in this thread only
+    try:
+        for block in double:
+            block(noise(1, TOKENS, width), noise(1, TOKENS, width), noise(1, width), pe, transformer_options=options)
+        for block in single:
+            block(noise(1, 2 * TOKENS, width), noise(1, width), pe, transformer_options=options)
+    finally:
+        ALL_TILES.reset(every_tile)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tonfa.kernels.targets import cuda_target, hip_target
-from tonfa.kernels.tiles import quantize_tile, wide_bands, wide_tile
+from tonfa.kernels.tiles import ALL_TILES, quantize_tile, wide_bands, wide_tile
 
 H200 = replace(cuda_target(90), multiprocessors=132)
 
@@ -25,6 +25,16 @@ def test_one_band_where_the_last_round_is_full_enough():
     assert len(wide_bands(H200, "half", 4096 + 256 * 4, 3072)) == 1  # 84
     assert len(wide_bands(H200, "half", 33 * 256, 1024)) == 1  # two rounds and none left
     assert len(wide_bands(H200, "row", 4608, 3072)) == 1
+
+
+def test_compiling_ahead_takes_both_tiles():
+    token = ALL_TILES.set(True)
+    try:
+        assert [band[:2] for band in wide_bands(H200, "half", 512, 3072)] == [(0, 256), (256, 512)]
+        assert len({band[2] for band in wide_bands(H200, "half", 512, 3072)}) == 2 and len(wide_bands(H200, "row", 512, 3072)) == 1
+    finally:
+        ALL_TILES.reset(token)
+    assert len(wide_bands(H200, "half", 512, 3072)) == 1
 
 
 @pytest.mark.parametrize("kind", ["row", "half", "plain"])
