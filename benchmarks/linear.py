@@ -117,7 +117,7 @@ def ours(precision: str, s: Shape, x: torch.Tensor, report: Report) -> dict[str,
         found[f"{name} product"] = lambda q=q: w4_matmul(q, part, bias, out)
         found[f"{name} no low rank"] = lambda q=q_bare: w4_matmul(q, bare, bias, out)
         found[f"{name} linear"] = lambda mode=mode: linear.run(x[None], mode)
-        if s.behind_gelu and finds_peak(part, mode, s.m):
+        if s.behind_gelu and finds_peak(part.spec, x.device, mode, s.m):
             peak = Peak(row_maxima(x, part), part.smooth)
             found[f"{name} linear, maxima known"] = lambda mode=mode, peak=peak: linear.run(x[None], mode, peak=peak)
         out.fill_(float("nan"))
@@ -260,7 +260,7 @@ def measure_quantise(s: Shape, precisions: list[str], x: torch.Tensor, rounds: i
             written = [t for field, t in vars(q).items() if isinstance(t, torch.Tensor) and field != "lowrank"]
             bytes_of[name] = x.nbytes + sum(t.nbytes for t in written)
             work[name] = lambda part=part, mode=mode: quantize_for(x, part, mode)
-            if s.behind_gelu and finds_peak(part, mode, s.m):
+            if s.behind_gelu and finds_peak(part.spec, x.device, mode, s.m):
                 bytes_of[f"{name}, maxima known"] = bytes_of[name]
                 amax = row_maxima(x, part)
                 work[f"{name}, maxima known"] = lambda part=part, mode=mode, amax=amax: quantize_for(x, part, mode, row_amax=amax)

@@ -3,8 +3,8 @@
 A product of e4m3 operands knows no group scales, so a code is multiplied by s / e beforehand, s being its group's scale and e its block's,
 and rounded to e4m3's four significant bits. Codes of a group whose s / e is a power of two stay exact; of the others f = s / e between two
 powers of two decides how much they lose (none of them more than 6 %). e is the scale of one of the block's groups: the one with the least
-sum of what all groups lose, s^2 * loss(f). On normally distributed weights 2.3 % of a weight are lost: 1.8 % where two groups share a
-scale (128 inputs) and 2.4 % where a row does.
+sum of what all groups lose, s^2 * loss(f). On normally distributed weights 2.3 % of a weight are lost; it would be 1.7 % if two groups
+shared a scale (128 inputs) and 2.4 % if a row did.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def _loss(device: torch.device) -> Tensor:
 
 
 def block_scale(scales: Tensor) -> Tensor:
-    """e of every block: group scales [N, K / 64] (not negative) -> fp32 [N, ceil(K / BLOCK)]; 1 for a block of zeros.
+    """e of every block: group scales [N, K / 64] -> fp32 [N, ceil(K / BLOCK)]; 1 for a block of zeros.
 
     No group's scale is more than 8 times e, so that codes times s / e times 4 stay inside e4m3.
     """
-    blocks = F.pad(scales.float(), (0, -scales.shape[1] % GROUPS)).unflatten(1, (-1, GROUPS))
+    blocks = F.pad(scales.float().abs(), (0, -scales.shape[1] % GROUPS)).unflatten(1, (-1, GROUPS))
     loss, largest = _loss(scales.device), blocks.amax(2)
     found, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     for e in blocks.unbind(2):

@@ -483,7 +483,7 @@ def _fill(view: PartView, layer: LogicalLinear) -> None:
         view.up[:n, :rank].copy_(layer.up)
     if view.block_scale is not None:
         view.block_scale.fill_(1.0)
-        view.block_scale[:, :n].copy_(F.pad(block_scale(layer.scales), (0, view.block_scale.shape[0] - -(-k // BLOCK)), value=1.0).t())
+        view.block_scale[:, :n].copy_(block_scale(layer.scales).t())
     if view.channel_scale is not None:
         view.channel_scale.fill_(1.0)
         view.channel_scale[:n].copy_(layer.channel_scale)
@@ -527,7 +527,7 @@ def check_header(spec: PackSpec, blob: Tensor) -> None:
     """Raises ValueError when the blob was not written by this version of `pack` for this plan. Reads 28 bytes from the device."""
     if blob.dtype != torch.uint8 or tuple(blob.shape) != (spec.nbytes,):
         found = f"the packed weight is {blob.dtype} {list(blob.shape)}, expected uint8 [{spec.nbytes}]"
-        raise ValueError(f"{found}: it belongs to another layer or was packed for another kind of GPU. Load the checkpoint again")
+        raise ValueError(f"{found}: it was packed for another layer, another kind of GPU or by another Tonfa. Load the checkpoint again")
     magic, version, parts, nbytes, crc = _HEADER.unpack(bytes(blob[: _HEADER.size].tolist()))
     if magic != _MAGIC:
         raise ValueError("the packed weight does not start with Tonfa's mark: it was overwritten, or is not a packed weight")

@@ -36,7 +36,7 @@ def norm_modulate_triton(x: Tensor, norm: Norm) -> Tensor:
     out = torch.empty(rows, k, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    moments = row_statistics_triton(x, norm, None)
+    moments, _ = row_statistics_triton(x, norm, None)
     shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, out, rows)
     with launch_device(x.device):
         _norm_modulate[(triton.cdiv(rows, _BM), triton.cdiv(k, _BK))](

@@ -14,7 +14,7 @@ from .rounding import rounded, storable
 from .targets import interpreting, launch_device
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def qk_norm_rope_kernel(
     qkv, query_scale, key_scale, pe, length, stride_b, stride_l, pe_stride_b, eps,
     HEADS: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, EMULATE: tl.constexpr,

@@ -1,4 +1,4 @@
-"""What the kernels on a quantised linear's input share to the last bit: statistics of a row, modulation, division by smooth.
+"""What the kernels on a quantised linear's input share: statistics of a row, modulation, division by smooth.
 
     mean = sum(x) / K
     rstd = 1 / sqrt(sum((x - mean)^2) / K + eps)
@@ -7,7 +7,8 @@
     amax = max(|v|)
 
 Mean and 1/std come from one kernel, because a sum's bits depend on how its terms lie over the threads, and the fused and the plain path
-of a block must have the same bits.
+of a block must have the same bits. amax is found with a product in place of a division: it may be one ulp of x's type off where a quotient
+lies on a tie, the same everywhere.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def norm_arguments(norm: Norm | None, unused: Tensor, rows: int) -> tuple[Tensor
 @triton.jit
 def largest_smoothed(m, smooth, cols, K, DTYPE: tl.constexpr, UNSIGNED: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr):
     """The largest |v| of every row of m, as `smoothed` makes v: rounding keeps an order, so one number of a row is rounded, not all."""
-    divisor = tl.load(smooth + cols[None, :], mask=(cols < K)[None, :], other=1.0)
+    divisor = tl.abs(tl.load(smooth + cols[None, :], mask=(cols < K)[None, :], other=1.0))
     m = tl.abs(m + _SHIFT if UNSIGNED else m)
     if EMULATE:
         v = tl.div_rn(m, tl.broadcast_to(divisor, m.shape))
@@ -104,7 +105,7 @@ def largest_smoothed(m, smooth, cols, K, DTYPE: tl.constexpr, UNSIGNED: tl.const
 
 @triton.jit(do_not_specialize=["M", "rows_per_batch"])
 def _row_statistics(
-    x, smooth, shift, scale, out, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch, eps,
+    x, smooth, shift, scale, moments, amax, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch, eps,
     NORM: tl.constexpr, AMAX: tl.constexpr, UNSIGNED: tl.constexpr, ONE_BATCH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     REST: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -119,15 +120,15 @@ def _row_statistics(
         mean = (tl.sum(a.to(tl.float32), axis=1) + tl.sum(b.to(tl.float32), axis=1)) / K
         variance = (_squares(a, mean, cols, K) + _squares(b, mean, more, K)) / K
         rstd = tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
-        tl.store(out + rows, mean, mask=live)
-        tl.store(out + M + rows, rstd, mask=live)
+        tl.store(moments + rows, mean, mask=live)
+        tl.store(moments + M + rows, rstd, mask=live)
     if AMAX:
         if NORM:
             a = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
             b = modulated(b, mean, rstd, shift, scale, rows, more, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
         first = largest_smoothed(a.to(tl.float32), smooth, cols, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
         second = largest_smoothed(b.to(tl.float32), smooth, more, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
-        tl.store(out + 2 * M + rows, tl.maximum(first, second), mask=live)
+        tl.store(amax + rows, tl.maximum(first, second), mask=live)
 
 
 @triton.jit
@@ -138,25 +139,29 @@ def _squares(x, mean, cols, K):
 
 
 def row_tile(k: int) -> tuple[int, int, int]:
-    """(BK, REST, warps) of a program that holds whole rows of k numbers: 32 to 48 of them a thread, few lanes without one."""
+    """(BK, REST, warps) of a program that holds whole rows of k numbers: 48 a thread at FLUX's sizes, up to 72 at others."""
     width = max(triton.next_power_of_2(k), 512)
     rest = max(triton.next_power_of_2(max(k - width // 2, 1)), 128)
     return width // 2, rest, min(max(width // 2048, 1), 8)
 
 
-def row_statistics_triton(x: Tensor, norm: Norm | None, smooth: Tensor | None, unsigned: bool = False) -> Tensor:
-    """fp32 [3, M] of x [M, K], M > 0: mean and rstd of every row (with a norm), the largest |v| (with smooth); else undefined."""
+def row_statistics_triton(x: Tensor, norm: Norm | None, smooth: Tensor | None, unsigned: bool = False) -> tuple[Tensor, Tensor]:
+    """(moments fp32 [2, M], amax fp32 [M]) of x [M, K], M > 0.
+
+    moments: mean and rstd of every row, undefined without a norm. amax: the largest |v|, undefined without smooth.
+    """
     rows, k = x.shape
-    out = torch.empty(3, rows, dtype=torch.float32, device=x.device)
+    moments = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    amax = torch.empty(rows, dtype=torch.float32, device=x.device)
     width, rest, warps = row_tile(k)
     block = 16 if interpreting() and rows > 64 else 1  # the interpreter's time is programs
-    shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, out, rows)
+    shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, moments, rows)
     with launch_device(x.device):
         _row_statistics[(triton.cdiv(rows, block),)](
-            x, out if smooth is None else smooth, shift, scale, out,
+            x, moments if smooth is None else smooth, shift, scale, moments, amax,
             rows, k, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch, 0.0 if norm is None else norm.eps,
             NORM=norm is not None, AMAX=smooth is not None, UNSIGNED=unsigned,
             ONE_BATCH=one_batch(rows, rows_per_batch, block), BM=block, BK=width, REST=rest,
             PTX=has_pairs(target_for(x.device)), EMULATE=interpreting(), num_warps=warps,
         )  # fmt: skip
-    return out
+    return moments, amax

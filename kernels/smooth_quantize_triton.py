@@ -242,8 +242,8 @@ def smooth_quantize_triton(
     finds_amax = kind in ("e4m3", "half") and row_amax is None
     moments = part.smooth
     if norm is not None or finds_amax:
-        moments = row_statistics_triton(x, norm, part.smooth if finds_amax else None, unsigned)
-        row_amax = moments[2] if finds_amax else row_amax
+        moments, found = row_statistics_triton(x, norm, part.smooth if finds_amax else None, unsigned)
+        row_amax = found if finds_amax else row_amax
     shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, part.smooth, rows)
     code_kind, largest = kernel_kind(kind, part, mode)
     ranks = 0 if q.lowrank is None else q.lowrank.shape[1]

@@ -48,11 +48,11 @@ def _many_rows(rows: int, target: Target) -> bool:
     return rows >= 256 and not target.name.startswith("gfx")
 
 
-def finds_peak(part: PartView, mode: str, rows: int) -> bool:
-    """Whether w4_matmul leaves row maxima (`Finish.peak`) when it multiplies `rows` tokens by this part."""
-    if part.spec.code_form != "e4m3" or triton_reason(part.codes.device) is not None:
+def finds_peak(spec: PartSpec, device: torch.device, mode: str, rows: int) -> bool:
+    """Whether w4_matmul leaves row maxima (`Finish.peak`) when it multiplies `rows` tokens by this part on this device."""
+    if spec.code_form != "e4m3" or triton_reason(device) is not None:
         return False
-    return mode == "fast" or (mode == "exact" and _many_rows(rows, target_for(part.codes.device)))
+    return mode == "fast" or (mode == "exact" and _many_rows(rows, target_for(device)))
 
 
 def quantize_for(x: Tensor, part: PartView, mode: str, norm: Norm | None = None, row_amax: Tensor | None = None) -> QuantizedInput:

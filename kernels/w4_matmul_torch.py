@@ -76,9 +76,11 @@ def check_operands(q: QuantizedInput, part: PartView, out: Tensor, finish: Finis
     if (gate is None) != (residual is None):
         raise ValueError("gate and residual belong together: give both or neither")
     peak = finish.peak
-    if peak is not None and (peak.amax.shape != (rows,) or not 0 <= spec.n - peak.first <= peak.smooth.shape[0]):
-        found = f"amax {list(peak.amax.shape)} and smooth {list(peak.smooth.shape)} from output {peak.first} on"
-        raise ValueError(f"peak has {found}, the result has shape {list(out.shape)}")
+    if peak is not None:
+        fits = peak.amax.shape == (rows,) and peak.amax.dtype == torch.float32 and peak.amax.is_contiguous()
+        if not fits or not 0 <= peak.first <= spec.n <= peak.first + peak.smooth.shape[0]:
+            found = f"{peak.amax.dtype} amax {list(peak.amax.shape)} and smooth {list(peak.smooth.shape)} from output {peak.first} on"
+            raise ValueError(f"peak has {found}, the result has shape {list(out.shape)}; amax is contiguous float32, a number a row")
     if gate is None:
         return
     batches = -(-rows // rows_per_batch)

@@ -319,7 +319,7 @@ def peak_between(first: Linear, second: Linear, gelu_from: int, rows: int, compu
         return None
     last = second._parts(second.weight)[-1]
     makers = [p for p in first.spec.parts if p.row_offset + p.n > gelu_from]
-    if len(makers) != 1 or first.spec.out_features - gelu_from != last.spec.k or not finds_peak(last, compute, rows):
+    if len(makers) != 1 or first.spec.out_features - gelu_from != last.spec.k or not finds_peak(makers[0], device, compute, rows):
         return None
     shifted = last.spec.act_unsigned and compute == "exact"
     amax = torch.zeros(rows, dtype=torch.float32, device=device)

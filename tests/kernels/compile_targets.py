@@ -125,7 +125,7 @@ def statistics_variant(name, target, dtype, *, norm, amax, k=3072, unsigned=Fals
     kernel = statistics._row_statistics
     width, rest, warps = statistics.row_tile(k)
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
-    types |= {"smooth": "*fp32", "out": "*fp32", "eps": "fp32"}
+    types |= {"smooth": "*fp32", "moments": "*fp32", "amax": "*fp32", "eps": "fp32"}
     constants = {
         "x_col": 1, "NORM": norm, "AMAX": amax, "UNSIGNED": unsigned, "ONE_BATCH": True, "BM": 1, "BK": width, "REST": rest,
         "PTX": rounding.has_pairs(target), "EMULATE": False,

@@ -205,18 +205,18 @@ def test_wide_kernel_through_tensor_descriptors(wide, monkeypatch, kind, mode, d
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("kind, mode, shifted", [("e4m3", "fast", False), ("half", "exact", True), ("half", "exact", False)])
 def test_wide_kernel_leaves_the_row_maxima_of_the_next_layer(wide, kind, mode, shifted, dtype):
-    """What smooth_quantize finds in the result is what the product left, bit for bit, from output 64 on."""
-    layer, view, q = operands(kind, mode, dtype, 150, n=256, k=128, rank=16)
+    """What smooth_quantize finds in the result is what the product left, bit for bit, from output 8 on."""
+    layer, view, q = operands(kind, mode, dtype, 150, n=200, k=128, rank=16)
     following = packed_view(random_layer("int4", 128, 192, 16, act_unsigned=shifted))
-    out, peak = poisoned(150, 256, dtype=dtype), Peak(torch.zeros(150), following.smooth, shifted, 64)
+    out, peak = poisoned(150, 200, dtype=dtype), Peak(torch.zeros(150), following.smooth, shifted, 8)
     w4_matmul(q, view, layer.bias, out, Finish(gelu_from=0, peak=peak))
-    found = smooth_quantize(out[:, 64:], following, mode, wide=True)
-    given = smooth_quantize(out[:, 64:], following, mode, row_amax=peak.amax, wide=True)
+    found = smooth_quantize(out[:, 8:], following, mode, wide=True)
+    given = smooth_quantize(out[:, 8:], following, mode, row_amax=peak.amax, wide=True)
     assert torch.equal(found.scales, given.scales) and torch.equal(found.codes, given.codes)
-    oracle = Peak(torch.zeros(150), following.smooth, shifted, 64)
-    w4_matmul_torch(q, view, layer.bias, poisoned(150, 256, dtype=dtype), Finish(gelu_from=0, peak=oracle))
+    oracle = Peak(torch.zeros(150), following.smooth, shifted, 8)
+    w4_matmul_torch(q, view, layer.bias, poisoned(150, 200, dtype=dtype), Finish(gelu_from=0, peak=oracle))
     torch.testing.assert_close(peak.amax, oracle.amax, rtol=2**-7 if dtype == BF16 else 2**-9, atol=0)
-    before = Peak(torch.full((150,), 1e6), following.smooth, shifted, 64)
+    before = Peak(torch.full((150,), 1e6), following.smooth, shifted, 8)
     w4_matmul(q, view, layer.bias, out, Finish(peak=before))
     assert (before.amax == 1e6).all(), "a larger maximum from elsewhere stays"
 
@@ -338,9 +338,19 @@ def test_norm_to_output_end_to_end(interpreter):
         assert relative(got, want) < 3e-3
 
 
+def test_a_block_of_inputs_may_be_short(wide):
+    """1216 inputs: a whole block that shares a scale, and one of three groups."""
+    layer, view, q = operands("e4m3", "fast", FP32, 5, k=1216)
+    assert view.block_scale.shape[0] == 2
+    compare(q, view, layer.bias, poisoned(5, 200, dtype=FP32))
+
+
 def test_misfits_are_refused():
     layer, view, q = operands("e4m3", "fast", BF16, 5)
     out = torch.zeros(5, 200, dtype=BF16)
+    for amax, first in ((torch.zeros(4), 0), (torch.zeros(5, dtype=BF16), 0), (torch.zeros(5), -1), (torch.zeros(5), 300)):
+        with pytest.raises(ValueError, match="peak has"):
+            w4_matmul(q, view, None, out, Finish(peak=Peak(amax, torch.ones(256), first=first)))
     with pytest.raises(ValueError, match=r"out has shape \[5, 128\], expected \[5, 200\]"):
         w4_matmul(q, view, None, out[:, :128])
     with pytest.raises(ValueError, match="both or neither"):
