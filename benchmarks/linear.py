@@ -23,6 +23,7 @@ import torch
 from timing import Report, Work, cold_us, heading, need_gpu, round_robin_us
 from tonfa.kernels import layout
 from tonfa.kernels.layout import LogicalLinear, PartView
+from tonfa.kernels.smooth_quantize_torch import divided_by_smooth
 from tonfa.kernels.targets import code_form, triton_reason
 from tonfa.kernels.w4_matmul import Peak, finds_peak, quantize_for, w4_matmul
 from tonfa.models.linear import PackedLinear
@@ -130,7 +131,7 @@ def ours(precision: str, s: Shape, x: torch.Tensor, report: Report) -> dict[str,
 
 def row_maxima(x: torch.Tensor, part: PartView) -> torch.Tensor:
     """fp32 [M]: the largest |x / smooth| of every row."""
-    return (x.float() / part.smooth[: x.shape[1]]).to(x.dtype).float().abs().amax(1)
+    return divided_by_smooth(x, part.smooth[: x.shape[1]], shifted=False).abs().amax(1)
 
 
 def dense_error(out: torch.Tensor, x: torch.Tensor, part: PartView, bias: torch.Tensor) -> float:

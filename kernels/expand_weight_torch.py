@@ -1,7 +1,7 @@
 """Oracle of expand_weight: a part's packed 4-bit weight as one operand that matrix instructions take, in plain torch.
 
 form     values [Np, Kp]                            what gives the weight back
-"e4m3"   e4m3(4 * code * (s / e)), int4 parts       ratio fp32 [ceil(Kp/BLOCK), Np]: w = values * product of ratio[k // BLOCK] on
+"e4m3"   e4m3(4 * code * (s / e)), int4 parts       ratio fp32 [ceil(Kp/BLOCK), Np]: w = values * product of ratio[k // BLOCK :]
 "half"   fp16(code * s / u), int4 parts             scale fp32 [Np] = u: w = values * u
 "plain"  code * s in `dtype`, nvfp4 parts (exact)   nothing
 

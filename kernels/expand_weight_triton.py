@@ -85,13 +85,13 @@ def _expand_weight(
             each: tl.constexpr = BLOCK // 128
             block = (s // each)[None, :]
             last = (KP - 1) // BLOCK
-            live = (s < KP // 128)[None, :] & (n >= 0)[:, None]
-            e = tl.load(block_scale + block * NP + n[:, None], mask=live, other=1.0).to(tl.float32)
-            following = tl.load(block_scale + tl.minimum(block + 1, last) * NP + n[:, None], mask=live, other=1.0).to(tl.float32)
-            tl.store(out + at, e4m3_byte(low * (tl.div_rn(first, e) * 2048.0)[:, :, None], EMULATE), mask=live[:, :, None])
-            tl.store(out + at + 64, e4m3_byte(high * (tl.div_rn(second, e) * 2048.0)[:, :, None], EMULATE), mask=live[:, :, None])
+            inside = (s < KP // 128)[None, :] & (n >= 0)[:, None]
+            e = tl.load(block_scale + block * NP + n[:, None], mask=inside, other=1.0).to(tl.float32)
+            following = tl.load(block_scale + tl.minimum(block + 1, last) * NP + n[:, None], mask=inside, other=1.0).to(tl.float32)
+            tl.store(out + at, e4m3_byte(low * (tl.div_rn(first, e) * 2048.0)[:, :, None], EMULATE), mask=live)
+            tl.store(out + at + 64, e4m3_byte(high * (tl.div_rn(second, e) * 2048.0)[:, :, None], EMULATE), mask=live)
             ratio = tl.div_rn(e, tl.where(block == last, 4.0, following))
-            tl.store(table + block * NP + n[:, None], ratio, mask=live & (s % each == 0)[None, :])
+            tl.store(table + block * NP + n[:, None], ratio, mask=inside & (s % each == 0)[None, :])
 
 
 def program_slices(form: str, cols: int) -> int:

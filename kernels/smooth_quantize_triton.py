@@ -2,8 +2,8 @@
 
 Up to three launches:
 row_statistics  where there is a norm, or a row's scale needs its maximum and nobody knows it: row_statistics_triton.py.
-_quantize       codes, scales and the low-rank branch's product with down on matrix units, in one pass over x. Few row blocks leave
-                multiprocessors idle, so K is cut into pieces then.
+_quantize       codes, scales and the low-rank branch's product with down on matrix units, in one pass over x where one program
+                takes all ranks (tiles.py says how many it can). Few row blocks leave multiprocessors idle, so K is cut into pieces then.
 _add_pieces     adds the pieces' products, in a fixed order.
 """
 

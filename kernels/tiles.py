@@ -50,9 +50,10 @@ def _family(target: Target) -> str:
 
 
 def quantize_tile(target: Target, dtype: torch.dtype, rows: int, k: int, grouped: bool) -> Tile:
-    """smooth_quantize's _quantize, bn ranks of the low-rank product a program; k is the padded K, cut into
+    """smooth_quantize's _quantize; a program makes up to bn ranks of the low-rank product.
 
-    `pieces` so that an H200's multiprocessors have four programs each. grouped: codes have a scale for every 64 inputs.
+    k: the padded K, cut into `pieces` so that an H200's multiprocessors have four programs each. grouped: codes have a scale for every 64
+    inputs.
     """
     family = _family(target)
     narrow = dtype != torch.bfloat16  # two dots

@@ -149,7 +149,8 @@ def _w4_matmul_wide(
             gelu_from, ACCUMULATE, GELU, GATE, PTX, EMULATE,
         )  # fmt: skip
         if PEAK:
-            y = rounded(y, out.dtype.element_ty, EMULATE)
+            if GATE or not GELU:  # a GELU's result is rounded already
+                y = rounded(y, out.dtype.element_ty, EMULATE)
             y = tl.where((n >= peak_first)[None, :], y, 0.0)
             col = tl.where(n >= peak_first, n - peak_first, N)  # N: beyond the next layer's K
             largest = largest_smoothed(y, next_smooth, col, N - peak_first, out.dtype.element_ty, PEAK == 2, PTX, EMULATE)
