@@ -17,16 +17,23 @@ from torch import Tensor
 
 BLOCK = 1024  # inputs; a row's last block may be shorter
 GROUPS = BLOCK // 64
-_BINS = 256
+_BITS = 6  # of a scale's significand, by which its loss is looked up: one more finds scales that lose 1 % less, in twice the time
+
+
+def _significand(scales: Tensor) -> Tensor:
+    """int64: the leading _BITS bits behind the point of fp32 numbers."""
+    return ((scales.view(torch.int32) >> (23 - _BITS)) & ((1 << _BITS) - 1)).long()
 
 
 @functools.lru_cache
 def _loss(device: torch.device) -> Tensor:
-    """fp32 [_BINS]: mean square of what code * f loses, f = 1 + (i + 1/2) / _BINS, for codes as quantising normal numbers spreads them."""
+    """fp32 [significand of s, of e]: mean square of what code * s / e loses, for codes as quantising normal numbers spreads them."""
     code = torch.arange(9.0)
     often = torch.tensor([0.149, 0.271, 0.221, 0.159, 0.094, 0.056, 0.028, 0.023, 0.0])
-    f = 1 + (torch.arange(_BINS) + 0.5)[:, None] / _BINS
-    return (((code * f).to(torch.float8_e4m3fn).float() / f - code).square() * often).sum(1).to(device)
+    significand = 1 + torch.arange(1 << _BITS) / (1 << _BITS)
+    f = significand[:, None] / significand
+    f = torch.where(f < 1, 2 * f, f)[..., None]
+    return (((code * f).to(torch.float8_e4m3fn).float() / f - code).square() * often).sum(-1).to(device)
 
 
 def block_scale(scales: Tensor) -> Tensor:
@@ -35,13 +42,9 @@ def block_scale(scales: Tensor) -> Tensor:
     No group's scale is more than 8 times e, so that codes times s / e times 4 stay inside e4m3.
     """
     blocks = F.pad(scales.float().abs(), (0, -scales.shape[1] % GROUPS)).unflatten(1, (-1, GROUPS))
-    loss, largest = _loss(scales.device), blocks.amax(2)
-    found, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
-    for e in blocks.unbind(2):
-        ratio = blocks / torch.where(e > 0, e, 1.0)[:, :, None]
-        bits = ratio.view(torch.int32)
-        lost = torch.where(bits & 0x7FFFFF == 0, 0.0, loss[(bits >> 15) & (_BINS - 1)])
-        total = (lost * blocks.square()).sum(2)
-        better = (e > 0) & (8 * e >= largest) & (total < least)
-        found, least = torch.where(better, e, found), torch.where(better, total, least)
-    return found
+    significand = _significand(blocks)
+    weights = blocks.new_zeros(*blocks.shape[:2], 1 << _BITS).scatter_add_(2, significand, blocks.square())
+    lost = (weights @ _loss(scales.device)).gather(2, significand)  # by the block, if the group's scale were its e
+    usable = (blocks > 0) & (8 * blocks >= blocks.amax(2, keepdim=True))
+    least, group = torch.where(usable, lost, torch.inf).min(2)
+    return torch.where(least < torch.inf, blocks.gather(2, group[..., None])[..., 0], 1.0)

@@ -114,6 +114,18 @@ def settled(acc, PTX: tl.constexpr):
 
 
 @triton.jit
+def held(x, PTX: tl.constexpr):
+    """A tile fetched long before, used from here on. Triton would store it in shared memory, and wait for it, where it is fetched."""
+    if PTX and x.dtype == tl.float32:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=x.dtype, is_pure=False, pack=1)
+    elif PTX:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    else:
+        y = x
+    return y
+
+
+@triton.jit
 def storable(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
     """fp32 -> DTYPE tensor for a store, to nearest even."""
     if EMULATE and tl.bfloat16 == DTYPE:

@@ -21,7 +21,7 @@ from .rounding import divided, dot_split, e4m3_byte, e4m3_value, has_pairs, inve
 from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_statistics_triton, smoothed
 from .smooth_quantize_torch import QuantizedInput, kind_of, lowrank_dtype, plain_dtype
 from .targets import interpreting, launch_device, target_for
-from .tiles import Tile, quantize_tile
+from .tiles import QUANTIZE_PIECES, Tile, quantize_tile
 
 DESCRIPTOR_COLUMNS = 4096  # shorter rows gain little from tensor descriptors, and making them costs the CPU as much as a launch
 
@@ -188,12 +188,12 @@ def _low_rank(m, d, h, DTYPE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.const
 
 
 @triton.jit(do_not_specialize=["total", "pieces"])
-def _add_pieces(products, out, total, pieces, BLOCK: tl.constexpr, EMULATE: tl.constexpr):
-    """out = sum of the pieces' products, in their order; `total` numbers each."""
+def _add_pieces(products, out, total, pieces, MOST: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr):
+    """out = sum of the pieces' products, in their order; `total` numbers each. Unrolled to MOST of them: all are fetched at once."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.zeros((BLOCK,), tl.float32)
-    for piece in range(pieces):
-        h += tl.load(products + piece * total + at, mask=at < total, other=0.0)
+    for piece in tl.static_range(MOST):
+        h += tl.load(products + piece * total + at, mask=(at < total) & (piece < pieces), other=0.0)
     tl.store(out + at, storable(h, out.dtype.element_ty, EMULATE), mask=at < total)
 
 
@@ -268,7 +268,7 @@ def smooth_quantize_triton(
             STAGES=tile.stages, COPY_ENGINE=engine, PTX=pairs, EMULATE=emulate, num_warps=tile.warps,
         )  # fmt: skip
         if products.ndim == 3:
-            _add_pieces[(triton.cdiv(rows * ranks, 1024),)](
-                products, q.lowrank, rows * ranks, tile.pieces, BLOCK=1024, EMULATE=emulate, num_warps=4
+            _add_pieces[(triton.cdiv(rows * ranks, 512),)](
+                products, q.lowrank, rows * ranks, tile.pieces, MOST=QUANTIZE_PIECES, BLOCK=512, EMULATE=emulate, num_warps=4
             )
     return q

@@ -49,6 +49,9 @@ def _family(target: Target) -> str:
     return _FAMILIES.get(target.name, "other nvidia")
 
 
+QUANTIZE_PIECES = 16  # at most so many programs share K
+
+
 def quantize_tile(target: Target, dtype: torch.dtype, rows: int, k: int, grouped: bool) -> Tile:
     """smooth_quantize's _quantize; a program makes up to bn ranks of the low-rank product.
 
@@ -70,7 +73,7 @@ def quantize_tile(target: Target, dtype: torch.dtype, rows: int, k: int, grouped
         bm = 16
     ranks = (128 if family == "hopper" else 64) if dtype == torch.bfloat16 else 16  # more would spill registers beside a norm
     bk = 32 if family == "rdna" and narrow and not grouped else 64
-    return Tile(ranks, bm, bk, warps, stages, max(1, min(528 // -(-rows // bm), k // 256, 16)))
+    return Tile(ranks, bm, bk, warps, stages, max(1, min(528 // -(-rows // bm), k // 256, QUANTIZE_PIECES)))
 
 
 def matmul_tile(target: Target, kind: str, rows: int) -> Tile:

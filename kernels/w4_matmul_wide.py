@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .block_scale import BLOCK
 from .expand_weight_triton import expand_weight_triton
 from .layout import PartView
-from .rounding import has_pairs, in_registers, rounded, settled
+from .rounding import has_pairs, held, in_registers, rounded, settled
 from .row_statistics_triton import largest_smoothed
 from .smooth_quantize_torch import QuantizedInput
 from .targets import Target, interpreting, launch_device, target_for
@@ -52,9 +52,9 @@ def _dot(w_from, x_from, n, m, KP, k, acc, COPY_ENGINE: tl.constexpr, BK: tl.con
 
 
 @triton.jit
-def _lowrank_operands(up, lowrank, n, m, seg, r, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, COPY_ENGINE: tl.constexpr):
-    """Ranks r to r + RB of up [BN, RB] and of the low-rank activation [BM, RB]."""
-    if COPY_ENGINE:
+def _lowrank_operands(up, lowrank, n, m, seg, r, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Ranks r to r + RB of up [BN, RB] and of the low-rank activation [BM, RB]. n, m: first rows for tensor descriptors, else all rows."""
+    if DESCRIPTORS:
         u = up.load([n, r])
         h = lowrank.load([m, seg * RANK + r])
     else:
@@ -90,7 +90,8 @@ def _w4_matmul_wide(
 
     KIND: "row" (e4m3, table = ratio [ceil(KP / BLOCK), NP]), "half" (fp16, table = scale [NP]), "plain" (16 bit, no scales).
     PEAK: 1: row maxima of the result over next_smooth go to peak (fp32 as int32 [M]), 2: shifted ones.
-    w_from [NP, KP], x_from [M, KP], up [NP, RANK], lowrank [M, SEGMENTS * RANK]: tensor descriptors with COPY_ENGINE, else pointers.
+    w_from [NP, KP], x_from [M, KP]: tensor descriptors with COPY_ENGINE, else pointers.
+    up [NP, RANK], lowrank [M, SEGMENTS * RANK]: likewise, but pointers with EARLY.
     """
     tiles_m = tl.cdiv(M - start, BM)
     band = GROUP_M * tl.cdiv(NP, BN)
@@ -109,8 +110,9 @@ def _w4_matmul_wide(
         x_rows = tl.minimum(m0 + tl.arange(0, BM), M - 1)
     if RANK > 0:
         seg = (n0 >= seg1).to(tl.int32) + (n0 >= seg2).to(tl.int32) + (n0 >= seg3).to(tl.int32)
-        if EARLY:  # behind the main loop nothing would hide the time they take
-            u_first, h_first = _lowrank_operands(up, lowrank, w_rows, x_rows, seg, 0, SEGMENTS * RANK, RANK, RB, COPY_ENGINE)
+        if EARLY:  # behind the main loop nothing would hide the time they take, and copies by descriptors would be waited for here
+            tokens = tl.minimum(m0 + tl.arange(0, BM), M - 1)
+            u_first, h_first = _lowrank_operands(up, lowrank, n, tokens, seg, 0, SEGMENTS * RANK, RANK, RB, False)
     if KIND == "row":
         ratio = tl.load(table + n)  # one block ahead: a ratio loaded where it is used is waited for in every block
         for k in range(0, KP, 128):
@@ -129,7 +131,7 @@ def _w4_matmul_wide(
         acc *= tl.load(x_scales + tl.minimum(m0 + tl.arange(0, BM), M - 1))[None, :]
     if RANK > 0:
         if EARLY:
-            acc = _lowrank_dot(u_first, h_first, acc, TF32, COPY_ENGINE, EMULATE)
+            acc = _lowrank_dot(held(u_first, PTX), held(h_first, PTX), acc, TF32, COPY_ENGINE, EMULATE)
         else:
             # Settled: pipelined, operands that are still read would be overwritten (Triton 3.6).
             for r in tl.range(0, RANK, RB, num_stages=1 if TF32 else 4):
@@ -199,16 +201,17 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
     table = weight.ratio if kind == "row" else weight.scale
     tf32 = rank > 0 and not q.lowrank.dtype == part.up.dtype == torch.bfloat16
     block = rank_step(rank, RANKS_A_STEP)
-    early = rank > 0 and rank == block and not tf32 and finish.gate is None  # a gate's operands need the registers
+    early = 0 < rank == block and not (kind == "row" and tf32)  # which would need more registers than two programs have
     switches = launch_switches(part, rank, shift, bias, finish)
     sizes = launch_sizes(spec, rows, out, finish)[1:]
     with launch_device(out.device):
         for start, stop, tile in wide_bands(target, kind, rows, spec.n_padded):
             operands = [(weight.values, tile.bn, tile.bk), (x, tile.bm, tile.bk)]
-            operands += [(part.up, tile.bn, block), (q.lowrank, tile.bm, block)] if rank else [(x, tile.bm, tile.bk)] * 2
+            operands += [(part.up, tile.bn, block), (q.lowrank, tile.bm, block)] if rank and not early else []
+            operands = [TensorDescriptor.from_tensor(t, [rows, cols]) if target.copy_engine else t for t, rows, cols in operands]
+            operands += [] if len(operands) == 4 else [part.up, q.lowrank] if rank else [out, out]
             _w4_matmul_wide[(triton.cdiv(stop - start, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
-                *(TensorDescriptor.from_tensor(t, [rows, cols]) if target.copy_engine else t for t, rows, cols in operands),
-                out if table is None else table, out if q.scales is None else q.scales,
+                *operands, out if table is None else table, out if q.scales is None else q.scales,
                 out if part.channel_scale is None else part.channel_scale, part.shift_bias if shift else out,
                 out if bias is None else bias.contiguous(), out, out if finish.residual is None else finish.residual,
                 out if finish.gate is None else finish.gate,

@@ -30,7 +30,7 @@ from tonfa.kernels import w4a16_linear_triton as linear
 from tonfa.kernels.block_scale import BLOCK
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
-from tonfa.kernels.tiles import Tile, linear_tile, matmul_tile, quantize_tile, wide_bands
+from tonfa.kernels.tiles import QUANTIZE_PIECES, Tile, linear_tile, matmul_tile, quantize_tile, wide_bands
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -135,7 +135,7 @@ def statistics_variant(name, target, dtype, *, norm, amax, k=3072, unsigned=Fals
 
 def add_variant(target, lowrank) -> Variant:
     types = {"products": "*fp32", "out": lowrank, "total": "i32", "pieces": "i32"}
-    constants = {"BLOCK": 1024, "EMULATE": False}
+    constants = {"MOST": QUANTIZE_PIECES, "BLOCK": 512, "EMULATE": False}
     return Variant(f"smooth_quantize add pieces {lowrank}", quantize._add_pieces, types, constants, 4, 3, ())
 
 
@@ -163,7 +163,7 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1
     """The product of kind "row", "half" or "plain" with 3072 outputs, in the tiles of every band."""
     tf32 = not (kind == "row" and dtype == torch.bfloat16 and pair == "bf16")
     step = matmul.rank_step(rank, wide.RANKS_A_STEP)
-    early = rank == step and not tf32 and not flags.get("GATE")
+    early = rank == step and not (kind == "row" and tf32)
     element, operands = {"row": ("fp8e4nv", "e4m3"), "half": ("fp16", "fp16"), "plain": ("bf16", "bf16")}[kind]
     kernel = wide._w4_matmul_wide
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
@@ -175,7 +175,8 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1
         sources = {"w_from": (element, tile.bn, tile.bk), "x_from": (element, tile.bm, tile.bk)}
         sources |= {"up": (pair, tile.bn, step), "lowrank": ("fp32" if tf32 else "bf16", tile.bm, step)}
         for argument, (stored, rows, cols) in sources.items():
-            sources[argument] = f"tensordesc<{stored}[{rows}, {cols}]>" if target.copy_engine else f"*{stored}"
+            pointer = early and argument in ("up", "lowrank") or not target.copy_engine
+            sources[argument] = f"*{stored}" if pointer else f"tensordesc<{stored}[{rows}, {cols}]>"
         constants = {
             "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "EARLY": early, "TF32": tf32, "SEGMENTS": segments,
             "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": wide.GROUP_M[kind], "PIECES": tile.pieces,
