@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAM = "tonfa"
@@ -36,6 +37,11 @@ def parser() -> argparse.ArgumentParser:
     dense = commands.add_parser("dequantize", help="writes the 16-bit checkpoint that ComfyUI's own Load Diffusion Model takes")
     dense.add_argument("input", type=Path, metavar="IN", help="a 4-bit checkpoint")
     dense.add_argument("output", type=Path, metavar="OUT", help="the .safetensors file to write (for FLUX.1 about 24 GB)")
+    t5 = commands.add_parser("quantize-t5", help="writes a T5-XXL text encoder as a 4-bit one, with a search for the best clipping")
+    t5.add_argument("input", type=Path, metavar="IN", help="a T5-XXL .safetensors file: fp16, bf16, fp32, fp8 or scaled fp8")
+    t5.add_argument("output", type=Path, metavar="OUT", help="the .safetensors file to write (about 3 GB)")
+    t5.add_argument("--device", choices=("cpu", "cuda"), help="where to search (default: the GPU if torch finds one)")
+    t5.add_argument("--precision-of-rest", choices=("keep", "fp16", "bf16"), default="keep", help="type of embedding and norms")
     demo = commands.add_parser("demo", help="makes a small FLUX-shaped checkpoint and samples it in 16 and in 4 bit, side by side")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where demo.png goes (default: out)")
     demo.add_argument("--no-comfyui", action="store_true", help="do not use ComfyUI even if one is found")
@@ -54,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
         return inspect(options.file, options.json)
     if options.command == "dequantize":
         return dequantize(options.input, options.output)
+    if options.command == "quantize-t5":
+        return quantize_t5(options.input, options.output, options.device, options.precision_of_rest)
     if options.inside_comfyui:
         from tonfa.nodes.host import demo as inside
 
@@ -106,17 +114,34 @@ def inspect(file: Path, as_json: bool) -> int:
 
 def dequantize(source: Path, target: Path) -> int:
     from tonfa.models.dequantize import dequantize as convert
+
+    with_bar("dequantize", target, lambda progress: convert(source, target, progress=progress))
+    return 0
+
+
+def quantize_t5(source: Path, target: Path, device: str | None, rest: str) -> int:
+    import torch
+    from tonfa.models.quantize_t5 import quantize_t5 as convert
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        return refuse("torch finds no GPU here; leave --device out, or say --device cpu.")
+    with_bar("quantize-t5", target, lambda progress: convert(source, target, device, rest, progress))
+    return 0
+
+
+def with_bar(name: str, target: Path, write: Callable[[Callable[[int, int], None]], None]) -> None:
+    """Runs write(progress) with a bar that counts bytes, and says what was written."""
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, desc="dequantize", delay=1) as bar:
+    with tqdm(unit="B", unit_scale=True, desc=name, delay=1) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        convert(source, target, progress=progress)
+        write(progress)
     print(f"Wrote {target} ({target.stat().st_size / 1e9:.2f} GB)")
-    return 0
 
 
 def demo(out: Path, use_comfyui: bool) -> int:

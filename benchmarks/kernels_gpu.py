@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from tonfa.kernels.layout import LogicalLinear, PartView, pack, plan, views
+from tonfa.kernels.layout import Columns, LogicalLinear, PartView, pack, plan, views
 from tonfa.kernels.norm_modulate import Norm, norm_modulate, norm_modulate_torch
 from tonfa.kernels.qk_norm_rope import qk_norm_rope_
 from tonfa.kernels.qk_norm_rope_torch import qk_norm_rope_torch
@@ -84,9 +84,16 @@ def random_linear(precision: str, n: int, k: int, segments=(0,), rank=32, unsign
     )
 
 
-def packed(layer: LogicalLinear) -> PartView:
+def packed(layer: LogicalLinear, lora: tuple[int, ...] = (), dtype: torch.dtype = torch.bfloat16) -> PartView:
+    """The layer's view; lora: a rank and where its segments begin, for further columns."""
     spec = plan(layer.n, layer.k, [(layer, 0, 0)], code_form("cuda"))
-    return views(spec, pack(spec, [layer]))[0]
+    view = views(spec, pack(spec, [layer]))[0]
+    if lora:
+        rank, *segments = lora
+        g = torch.Generator("cuda").manual_seed(rank)
+        down = torch.randn(view.spec.k_padded, len(segments) * rank, generator=g, device="cuda") * layer.k**-0.5
+        view.extra = Columns(down.to(dtype), torch.randn(view.spec.n_padded, rank, generator=g, device="cuda").to(dtype), tuple(segments))
+    return view
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -110,8 +117,8 @@ def median_us(work, repeats: int = 15) -> float:
     return statistics.median(a.elapsed_time(b) * 1000 for a, b in times)
 
 
-def measure(what: str, layer: LogicalLinear, rows: int, mode: str, dtype=torch.bfloat16, ending: str = "plain") -> Row:
-    view, g = packed(layer), torch.Generator("cuda").manual_seed(rows)
+def measure(what: str, layer: LogicalLinear, rows: int, mode: str, dtype=torch.bfloat16, ending: str = "plain", lora=()) -> Row:
+    view, g = packed(layer, lora, dtype), torch.Generator("cuda").manual_seed(rows)
     x = torch.randn(rows, layer.k, generator=g, device="cuda").to(dtype)
     if layer.act_unsigned:
         x = torch.nn.functional.gelu(x, approximate="tanh")
@@ -133,6 +140,7 @@ def measure(what: str, layer: LogicalLinear, rows: int, mode: str, dtype=torch.b
     got_q, again_q = quantize_for(x, view, mode, norm), quantize_for(x, view, mode, norm)
     want_q = smooth_quantize_torch(x, view, mode, norm, wide=got_q.kind == "half")
     same = torch.equal(got_q.codes, again_q.codes) and torch.equal(got_q.lowrank, again_q.lowrank)
+    same = same and (not lora or torch.equal(got_q.extra, again_q.extra))
     want = w4_matmul_torch(want_q, view, layer.bias, poisoned(), Finish(**options))
     alone = w4_matmul(want_q, view, layer.bias, poisoned(), Finish(**options))
     both = w4_matmul(got_q, view, layer.bias, poisoned(), Finish(**options))
@@ -143,15 +151,15 @@ def measure(what: str, layer: LogicalLinear, rows: int, mode: str, dtype=torch.b
     dense, plain = torch.randn(layer.n, layer.k, device="cuda", dtype=dtype), x.to(dtype)
     cublas_us = median_us(lambda: torch.nn.functional.linear(plain, dense))
     return Row(
-        f"{what} {str(dtype).removeprefix('torch.')} {ending}", mode, rows, layer.n, layer.k, relative(alone, want), relative(both, want),
-        float((got_q.codes == want_q.codes).float().mean()), same, quantize_us, matmul_us,
+        f"{what}{lora_label(lora)} {str(dtype).removeprefix('torch.')} {ending}", mode, rows, layer.n, layer.k,
+        relative(alone, want), relative(both, want), float((got_q.codes == want_q.codes).float().mean()), same, quantize_us, matmul_us,
         2e-6 * rows * layer.n * layer.k / matmul_us, cublas_us, cublas_us / (quantize_us + matmul_us),
     )  # fmt: skip
 
 
-def measure_w4a16(rows: int) -> Row:
+def measure_w4a16(rows: int, lora: tuple[int, ...] = ()) -> Row:
     layer = random_linear("w4a16", 18432, 3072)
-    view = packed(layer)
+    view = packed(layer, lora)
     x = torch.randn(rows, layer.k, device="cuda", dtype=torch.bfloat16)
     want, got = w4a16_linear_torch(x, view, layer.bias), w4a16_linear(x, view, layer.bias)
     same = torch.equal(got, w4a16_linear(x, view, layer.bias))
@@ -160,9 +168,13 @@ def measure_w4a16(rows: int) -> Row:
     cublas = median_us(lambda: torch.nn.functional.linear(x, dense))
     error = relative(got, want)
     return Row(
-        "w4a16 bfloat16 plain", "-", rows, layer.n, layer.k, error, error, 1.0, same, 0.0, ours,
+        f"w4a16{lora_label(lora)} bfloat16 plain", "-", rows, layer.n, layer.k, error, error, 1.0, same, 0.0, ours,
         2e-6 * rows * layer.n * layer.k / ours, cublas, cublas / ours,
     )  # fmt: skip
+
+
+def lora_label(lora: tuple[int, ...]) -> str:
+    return f" +{len(lora) - 1} x {lora[0]}" if lora else ""
 
 
 def measure_elementwise(name: str, dtype: torch.dtype) -> Row:
@@ -183,7 +195,7 @@ def measure_elementwise(name: str, dtype: torch.dtype) -> Row:
 
 
 def cases(quick: bool):
-    """Every (label, layer, rows, mode, dtype, ending) to measure; layers are made once and used for all their cases."""
+    """Every (label, layer, rows, mode, dtype, ending, lora) to measure; layers are made once and used for all their cases."""
     for n, k, segments in SHAPES[:2] if quick else SHAPES:
         ending = "norm, gelu" if len(segments) > 1 else "plain"
         kinds = [("int4", False), ("nvfp4", False)] + ([("int4", True)] if k == 12288 else [])
@@ -202,6 +214,12 @@ def cases(quick: bool):
             if len(segments) > 1 and precision == "int4":
                 for mode in ("exact", "fast"):
                     yield "int4", layer, 4608, mode, torch.float16, ending
+            if not unsigned and (n, k) in ((9216, 3072), (3072, 3072)):
+                for mode in ("exact", "fast"):
+                    for lora in ((32, 0), (32, 0, n // 3 // 128 * 128), (64, 0), (160, 0)):
+                        for rows in (4608, 1):
+                            yield precision, layer, rows, mode, torch.bfloat16, "gate" if n == 3072 else ending, lora
+                    yield precision, layer, 512, mode, torch.float16, ending, (32, 0)
 
 
 HEADER = (
@@ -237,8 +255,8 @@ def main() -> int:
     for case in cases(args.quick):
         rows.append(measure(*case))
         print(line(rows[-1]), flush=True)
-    for m in (1, 4):
-        rows.append(measure_w4a16(m))
+    for m, lora in ((1, ()), (4, ()), (1, (32, 0)), (4, (48, 0, 3072))):
+        rows.append(measure_w4a16(m, lora))
         print(line(rows[-1]), flush=True)
     for name in ("norm_modulate", "qk_norm_rope"):
         for dtype in (torch.bfloat16, torch.float16):

@@ -351,9 +351,24 @@ def _header(spec: PackSpec) -> bytes:
     return _HEADER.pack(_MAGIC, LAYOUT_VERSION, len(spec.parts), spec.nbytes, crc).ljust(ALIGN, b"\0")
 
 
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Further columns of a part's low-rank branch, beside the blob (LoRA). down [Kp, S * R], up [Np, R], both of one float type.
+
+    R is a multiple of 16. segments: where each of the S stretches of rows begins that have columns of their own, multiples of TILE.
+    """
+
+    down: Tensor
+    up: Tensor
+    segments: tuple[int, ...] = (0,)
+
+
 @dataclass(eq=False)
 class PartView:
-    """Typed, zero-copy windows on one part of a blob, padded sizes (see the file's docstring); absent fields are None."""
+    """Typed, zero-copy windows on one part of a blob, padded sizes (see the file's docstring); absent fields are None.
+
+    extra: what belongs beside them, from elsewhere.
+    """
 
     spec: PartSpec
     codes: Tensor
@@ -365,6 +380,7 @@ class PartView:
     block_scale: Tensor | None = None
     channel_scale: Tensor | None = None
     shift_bias: Tensor | None = None
+    extra: Columns | None = None
 
 
 def plan(out_features: int, in_features: int, parts: list[tuple[LogicalLinear, int, int]], code_form: str) -> PackSpec:

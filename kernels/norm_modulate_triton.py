@@ -30,13 +30,14 @@ def _norm_modulate(
     tl.store(out + at, storable(m, x.dtype.element_ty, EMULATE), mask=(rows < M)[:, None] & (cols < K)[None, :])
 
 
-def norm_modulate_triton(x: Tensor, norm: Norm) -> Tensor:
-    """Same arguments and result as norm_modulate_torch."""
+def norm_modulate_triton(x: Tensor, norm: Norm, moments: Tensor | None = None) -> Tensor:
+    """Same arguments and result as norm_modulate_torch. moments: those that row_statistics_triton found, where it was asked already."""
     rows, k = x.shape
     out = torch.empty(rows, k, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    moments, _ = row_statistics_triton(x, norm, None)
+    if moments is None:
+        moments, _ = row_statistics_triton(x, norm, None)
     shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, out, rows)
     with launch_device(x.device):
         _norm_modulate[(triton.cdiv(rows, _BM), triton.cdiv(k, _BK))](

@@ -1,7 +1,7 @@
 """Oracle of smooth_quantize: what a quantised linear does to its input, in plain torch.
 
     m = LN(x)*(1+scale)+shift  (with a norm)          rounded to the compute type (x.dtype)
-    h = m @ down                                      summed in fp32: the low-rank branch sees m, not divided, not shifted, not quantised;
+    h = m @ down, m @ extra.down                      summed in fp32: the low-rank branch sees m, not divided, not shifted, not quantised;
                                                       kept in fp32, beside e4m3 codes rounded to bf16 where x and down are
     v = (m [+ SHIFT]) / smooth                        true division, rounded to the compute type (what fp16 cannot hold is left in fp32);
                                                       SHIFT for unsigned layers in exact only
@@ -35,13 +35,17 @@ from .norm_modulate import Norm, norm_modulate_torch
 
 @dataclass(eq=False)
 class QuantizedInput:
-    """A quantised activation; kinds and shapes are in this file's docstring. dtype is the compute type the linear's output takes."""
+    """A quantised activation; kinds and shapes are in this file's docstring. dtype is the compute type the linear's output takes.
+
+    lowrank [M, S * R] and extra, h of the part's own columns and of its further ones: of one type, rows may lie apart.
+    """
 
     kind: str
     codes: Tensor
     scales: Tensor | None
     lowrank: Tensor | None
     dtype: torch.dtype
+    extra: Tensor | None = None
 
 
 def check_input(x: Tensor, part: PartView, mode: str, norm: Norm | None, row_amax: Tensor | None = None) -> None:
@@ -55,6 +59,7 @@ def check_input(x: Tensor, part: PartView, mode: str, norm: Norm | None, row_ama
         raise ValueError(f"x has shape {list(x.shape)}, expected [M, {spec.k}]")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x is {x.dtype}, expected bfloat16, float16 or float32")
+    check_columns(part)
     if norm is not None:
         batches = -(-x.shape[0] // norm.rows_per_batch)
         for name, tensor in (("shift", norm.shift), ("scale", norm.scale)):
@@ -65,6 +70,19 @@ def check_input(x: Tensor, part: PartView, mode: str, norm: Norm | None, row_ama
             raise ValueError("row_amax belongs to an input without a norm: give one of the two")
         if row_amax.shape != x.shape[:1] or row_amax.dtype != torch.float32 or not row_amax.is_contiguous():
             raise ValueError(f"row_amax is {row_amax.dtype} {list(row_amax.shape)}, expected contiguous float32 [{x.shape[0]}]")
+
+
+def check_columns(part: PartView) -> None:
+    """Raises ValueError when a part's further columns do not fit it."""
+    if part.extra is None:
+        return
+    spec, (down, up, segments) = part.spec, (part.extra.down, part.extra.up, part.extra.segments)
+    rank = up.shape[1]
+    if down.shape != (spec.k_padded, len(segments) * rank) or up.shape[0] != spec.n_padded or rank % 16:
+        raise ValueError(
+            f"the further columns are {list(down.shape)} and {list(up.shape)} in {len(segments)} segments, expected "
+            f"[{spec.k_padded}, segments * R] and [{spec.n_padded}, R], R a multiple of 16"
+        )
 
 
 def kind_of(part: PartView, mode: str, wide: bool) -> str:
@@ -79,7 +97,8 @@ def kind_of(part: PartView, mode: str, wide: bool) -> str:
 
 def lowrank_dtype(x: Tensor, part: PartView, kind: str) -> torch.dtype:
     """Type of the low-rank activation: bf16 beside e4m3 codes where up is bf16 too, so that the product multiplies both as they are."""
-    narrow = kind == "e4m3" and x.dtype == part.down.dtype == torch.bfloat16
+    pairs = [pair for pair in (part.down, part.extra and part.extra.down) if pair is not None]
+    narrow = kind == "e4m3" and all(t.dtype == torch.bfloat16 for t in (x, *pairs))
     return torch.bfloat16 if narrow else torch.float32
 
 
@@ -151,26 +170,27 @@ def smooth_quantize_torch(
     spec, dtype, kind = part.spec, x.dtype, kind_of(part, mode, wide)
     shifted = spec.act_unsigned and mode == "exact"
     m, v = smoothed_torch(x, part, shifted, norm)
-    lowrank = None
-    if part.down is not None:
-        lowrank = (m.float() @ part.down[: spec.k].float()).to(lowrank_dtype(x, part, kind))
+    lowrank, extra = (
+        None if down is None else (m.float() @ down[: spec.k].float()).to(lowrank_dtype(x, part, kind))
+        for down in (part.down, part.extra and part.extra.down)
+    )
     row_amax = v.abs().amax(dim=1) if row_amax is None else row_amax
     if spec.k != spec.k_padded:
         v = F.pad(v, (0, spec.k_padded - spec.k))
     if kind == "plain":
         codes = (_nvfp4_values(v) if mode == "exact" else v).to(plain_dtype(dtype))
-        return QuantizedInput(kind, codes, None, lowrank, dtype)
+        return QuantizedInput(kind, codes, None, lowrank, dtype, extra)
     if kind == "e4m3":
         scales = divide(row_amax, 448.0)
         factor = torch.where(scales > 0, torch.full_like(scales, 448.0) / row_amax.clamp(min=1e-30), 0.0)
-        return QuantizedInput(kind, (v * factor[:, None]).to(torch.float8_e4m3fn).view(torch.uint8), scales, lowrank, dtype)
+        return QuantizedInput(kind, (v * factor[:, None]).to(torch.float8_e4m3fn).view(torch.uint8), scales, lowrank, dtype, extra)
     if kind == "int8":
-        return QuantizedInput(kind, *_group_codes(v, 127, -127, 127), lowrank, dtype)
+        return QuantizedInput(kind, *_group_codes(v, 127, -127, 127), lowrank, dtype, extra)
     codes, scales = _group_codes(v, 15, 0, 15) if shifted else _group_codes(v, 7, -8, 7)
     if kind == "half":
         u = power_below(row_amax)
         values = codes.float() * scales.t().repeat_interleave(64, dim=1)
-        return QuantizedInput(kind, (values / u[:, None]).to(torch.float16), u, lowrank, dtype)
+        return QuantizedInput(kind, (values / u[:, None]).to(torch.float16), u, lowrank, dtype, extra)
     if spec.code_form == "e4m3":
         codes = torch.where(codes < 0, (-codes.short() + 128), codes.short()).to(torch.uint8)
-    return QuantizedInput(kind, codes, scales, lowrank, dtype)
+    return QuantizedInput(kind, codes, scales, lowrank, dtype, extra)

@@ -17,12 +17,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .layout import PartView
 from .norm_modulate import Norm
+from .norm_modulate_triton import norm_modulate_triton
 from .rounding import divided, dot_split, e4m3_byte, e4m3_value, has_pairs, inverse_of, rne, safe_scale, settled, storable
 from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_statistics_triton, smoothed
 from .smooth_quantize_torch import QuantizedInput, kind_of, lowrank_dtype, plain_dtype
 from .targets import interpreting, launch_device, target_for
 from .tiles import QUANTIZE_PIECES, Tile, quantize_tile
 
+MOST_EXTRA = 64  # further columns up to which _quantize makes their product
 DESCRIPTOR_COLUMNS = 4096  # shorter rows gain little from tensor descriptors, and making them costs the CPU as much as a launch
 
 
@@ -124,16 +126,17 @@ def _store_codes(
 
 @triton.jit(do_not_specialize=["M", "K8", "rows_per_batch", "steps"])
 def _quantize(
-    x, smooth, shift, scale, moments, row_amax, down, codes, scales, products,
-    M, K, K8, RANKS, x_row, x_col, shift_row, scale_row, rows_per_batch, steps,
+    x, smooth, shift, scale, moments, row_amax, down, extra, codes, scales, products,
+    M, K, K8, RANKS, EXTRA, x_row, x_col, shift_row, scale_row, rows_per_batch, steps,
     KIND: tl.constexpr, LARGEST: tl.constexpr, BYTES: tl.constexpr, UNSIGNED: tl.constexpr, NORM: tl.constexpr, ONE_BATCH: tl.constexpr,
-    RB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, COPY_ENGINE: tl.constexpr,
+    RB: tl.constexpr, XB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, COPY_ENGINE: tl.constexpr,
     PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, p, j): rows i*BM.. counted from the end, `steps` times BK of K from piece p's first on, ranks j*RB.. (RB 0: no low rank).
 
-    x [M, K] and down [Kp, RANKS]: tensor descriptors with COPY_ENGINE, else pointers. Codes are [M, 8 * K8]: a stride that is a multiple of
-    8 and not of 16 as far as Triton knows lets a thread have 8 columns of many rows, whose smooth, shift and scale it then needs once.
+    Of the further ranks j*XB.. (XB 0: none). x [M, K], down [Kp, RANKS] and extra [Kp, EXTRA]: tensor descriptors with COPY_ENGINE, else
+    pointers. Codes are [M, 8 * K8]: a stride that is a multiple of 8 and not of 16 as far as Triton knows lets a thread have 8 columns of
+    many rows, whose smooth, shift and scale it then needs once.
     """
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # what was read last is still in L2
     rows = row + tl.arange(0, BM)
@@ -147,8 +150,10 @@ def _quantize(
         rstd = tl.load(moments + M + rows, mask=rows < M, other=0.0)
     if RB:
         h = tl.zeros((BM, RB), tl.float32)
-        rank = tl.program_id(2) * RB
-        ranks = rank + tl.arange(0, RB)
+        ranks = tl.program_id(2) * RB + tl.arange(0, RB)
+    if XB:
+        hx = tl.zeros((BM, XB), tl.float32)
+        further = tl.program_id(2) * XB + tl.arange(0, XB)
     first = piece * steps * BK
     for k in tl.range(first, tl.minimum(first + steps * BK, K8 * 8), BK, num_stages=STAGES):
         cols = k + tl.arange(0, BK)
@@ -160,17 +165,33 @@ def _quantize(
         if NORM:
             m = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
         if RB:
-            if COPY_ENGINE:
-                d = down.load([k, rank])
-            else:
-                d = tl.load(down + cols[:, None] * RANKS + ranks[None, :], mask=(ranks < RANKS)[None, :], other=0.0)
-            h = _low_rank(m, d, h, a.dtype, PTX, EMULATE)
+            h = _low_rank(m, _ranks_of(down, k, cols, ranks, RANKS, RB, COPY_ENGINE), h, a.dtype, PTX, EMULATE)
+        if XB:
+            hx = _low_rank(m, _ranks_of(extra, k, cols, further, EXTRA, XB, COPY_ENGINE), hx, a.dtype, PTX, EMULATE)
         if codes_too:
             v = smoothed(m.to(tl.float32), smooth, cols, K, a.dtype, UNSIGNED, PTX, EMULATE)
             _store_codes(codes, scales, v, factor, rows, k, M, K8, KIND, LARGEST, BYTES, BM, BK, PTX, EMULATE)
     if RB:
-        at = (piece * M + rows).to(tl.int64)[:, None] * RANKS + ranks[None, :]
-        tl.store(products + at, storable(h, products.dtype.element_ty, EMULATE), mask=(rows < M)[:, None] & (ranks < RANKS)[None, :])
+        _store_ranks(products, h, rows, piece, M, RANKS + EXTRA, ranks, ranks < RANKS, EMULATE)
+    if XB:
+        _store_ranks(products, hx, rows, piece, M, RANKS + EXTRA, RANKS + further, further < EXTRA, EMULATE)
+
+
+@triton.jit
+def _ranks_of(down, k, cols, ranks, RANKS, RB: tl.constexpr, COPY_ENGINE: tl.constexpr):
+    """This program's ranks of down, columns of K from k on."""
+    if COPY_ENGINE:
+        d = down.load([k, tl.program_id(2) * RB])
+    else:
+        d = tl.load(down + cols[:, None] * RANKS + ranks[None, :], mask=(ranks < RANKS)[None, :], other=0.0)
+    return d
+
+
+@triton.jit
+def _store_ranks(products, h, rows, piece, M, width, columns, inside, EMULATE: tl.constexpr):
+    """h to columns of products [pieces, M, width], those inside."""
+    at = (piece * M + rows).to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(products + at, storable(h, products.dtype.element_ty, EMULATE), mask=(rows < M)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -197,9 +218,10 @@ def _add_pieces(products, out, total, pieces, MOST: tl.constexpr, BLOCK: tl.cons
     tl.store(out + at, storable(h, out.dtype.element_ty, EMULATE), mask=at < total)
 
 
-def rank_block(ranks: int, tile: Tile) -> int:
-    """Columns of the low-rank product a program makes; 0 without one."""
-    return 0 if ranks == 0 else min(max(16, triton.next_power_of_2(ranks)), tile.bn)
+def rank_block(ranks: int, tile: Tile, taken: int = 0) -> int:
+    """Columns of the low-rank product a program makes beside `taken` others; 0 without one."""
+    left = max(tile.bn - taken, tile.bn // 4, 16)
+    return 0 if ranks == 0 else min(max(16, triton.next_power_of_2(ranks)), 1 << left.bit_length() - 1)
 
 
 def kernel_kind(kind: str, part: PartView, mode: str) -> tuple[str, int]:
@@ -216,10 +238,18 @@ def _outputs(x: Tensor, part: PartView, kind: str) -> QuantizedInput:
     dtype = {"plain": plain_dtype(x.dtype), "half": torch.float16}.get(kind, torch.uint8 if part.spec.code_form == "e4m3" else torch.int8)
     shape = {"plain": None, "e4m3": (rows,), "half": (rows,)}.get(kind, (kp // 64, rows))
     scales = None if shape is None else torch.empty(shape, dtype=torch.float32, device=x.device)
-    lowrank = None
-    if part.down is not None:
-        lowrank = torch.empty(rows, part.down.shape[1], dtype=lowrank_dtype(x, part, kind), device=x.device)
-    return QuantizedInput(kind, torch.empty(rows, kp, dtype=dtype, device=x.device), scales, lowrank, x.dtype)
+    ranks, extra = 0 if part.down is None else part.down.shape[1], 0 if part.extra is None else part.extra.down.shape[1]
+    h = torch.empty(rows, ranks + extra, dtype=lowrank_dtype(x, part, kind), device=x.device) if ranks + extra else None
+    codes = torch.empty(rows, kp, dtype=dtype, device=x.device)
+    lowrank, further = h[:, :ranks] if ranks else None, h[:, ranks:] if extra else None
+    if extra > MOST_EXTRA and h.dtype == x.dtype:
+        lowrank, further = (torch.empty(rows, n, dtype=h.dtype, device=x.device) for n in (ranks, extra))
+    return QuantizedInput(kind, codes, scales, lowrank if ranks else None, x.dtype, further)
+
+
+def multiplied_apart(q: QuantizedInput) -> bool:
+    """Whether the further columns' product is torch's: with many of them every program of _quantize would read x again for a few."""
+    return q.extra is not None and q.extra.is_contiguous() and q.extra.shape[1] > MOST_EXTRA and q.extra.dtype == q.dtype
 
 
 def copyable(x: Tensor) -> bool:
@@ -246,29 +276,36 @@ def smooth_quantize_triton(
         row_amax = found if finds_amax else row_amax
     shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, part.smooth, rows)
     code_kind, largest = kernel_kind(kind, part, mode)
-    ranks = 0 if q.lowrank is None else q.lowrank.shape[1]
+    apart = multiplied_apart(q)
+    ranks, extra = (0 if h is None else h.shape[1] for h in (q.lowrank, None if apart else q.extra))
     tile = quantize_tile(target, x.dtype, rows, kp, code_kind in ("int", "half"))
     block = rank_block(ranks, tile)
-    products = q.codes if ranks == 0 else q.lowrank
-    if ranks and tile.pieces > 1:
-        products = torch.empty(tile.pieces, rows, ranks, dtype=torch.float32, device=device)
+    extra_block = rank_block(extra, tile, block)
+    found = q.lowrank if ranks else q.extra if extra else q.codes  # one tensor holds both, the part's own ranks first
+    products = found
+    if ranks + extra and tile.pieces > 1:
+        products = torch.empty(tile.pieces, rows, ranks + extra, dtype=torch.float32, device=device)
     engine = target.copy_engine and kp >= DESCRIPTOR_COLUMNS and copyable(x)
-    source, down = x, q.codes if ranks == 0 else part.down
+    source, down, further = x, part.down if ranks else q.codes, part.extra.down if extra else q.codes
     if engine:
         source = TensorDescriptor.from_tensor(x, [tile.bm, tile.bk])
         down = TensorDescriptor.from_tensor(down, [tile.bk, block]) if ranks else source
+        further = TensorDescriptor.from_tensor(further, [tile.bk, extra_block]) if extra else source
+    blocks = max(triton.cdiv(ranks, block) if ranks else 1, triton.cdiv(extra, extra_block) if extra else 1)
     with launch_device(device):
-        _quantize[(triton.cdiv(rows, tile.bm), tile.pieces, triton.cdiv(ranks, block) if ranks else 1)](
-            source, part.smooth, shift, scale, moments, part.smooth if row_amax is None else row_amax, down,
+        _quantize[(triton.cdiv(rows, tile.bm), tile.pieces, blocks)](
+            source, part.smooth, shift, scale, moments, part.smooth if row_amax is None else row_amax, down, further,
             q.codes, q.codes if q.scales is None else q.scales, products,
-            rows, k, kp // 8, ranks, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch,
+            rows, k, kp // 8, ranks, extra, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch,
             triton.cdiv(kp // tile.bk, tile.pieces),
             KIND=code_kind, LARGEST=largest, BYTES=part.spec.code_form == "e4m3", UNSIGNED=unsigned, NORM=norm is not None,
-            ONE_BATCH=one_batch(rows, rows_per_batch, tile.bm), RB=block, BM=tile.bm, BK=tile.bk,
+            ONE_BATCH=one_batch(rows, rows_per_batch, tile.bm), RB=block, XB=extra_block, BM=tile.bm, BK=tile.bk,
             STAGES=tile.stages, COPY_ENGINE=engine, PTX=pairs, EMULATE=emulate, num_warps=tile.warps,
         )  # fmt: skip
         if products.ndim == 3:
-            _add_pieces[(triton.cdiv(rows * ranks, 512),)](
-                products, q.lowrank, rows * ranks, tile.pieces, MOST=QUANTIZE_PIECES, BLOCK=512, EMULATE=emulate, num_warps=4
+            _add_pieces[(triton.cdiv(rows * (ranks + extra), 512),)](
+                products, found, rows * (ranks + extra), tile.pieces, MOST=QUANTIZE_PIECES, BLOCK=512, EMULATE=emulate, num_warps=4
             )
+        if apart:
+            torch.mm(x if norm is None else norm_modulate_triton(x, norm, moments), part.extra.down[:k], out=q.extra)
     return q

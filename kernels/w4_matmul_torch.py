@@ -115,13 +115,11 @@ def dequantized_weight(part: PartView, kind: str = "int4") -> Tensor:
     return (values.view(n, -1, group) * part.scales.t()[:n].float()[:, :, None]).view(n, -1)
 
 
-def lowrank_product(lowrank: Tensor, part: PartView) -> Tensor:
-    """fp32 [M, N]: every segment's outputs from its own columns of the low-rank activation."""
-    spec = part.spec
-    up = part.up[: spec.n].float()
-    ends = (*spec.segments[1:], spec.n)
-    columns = lowrank.float().split(spec.rank_padded, dim=1)
-    return torch.cat([h @ up[a:b].t() for h, a, b in zip(columns, spec.segments, ends, strict=True)], dim=1)
+def lowrank_product(lowrank: Tensor, up: Tensor, segments: tuple[int, ...], n: int) -> Tensor:
+    """fp32 [M, N]: every segment's outputs from its own columns of the low-rank activation. up [Np, R]."""
+    ends = (*segments[1:], n)
+    columns = lowrank.float().split(up.shape[1], dim=1)
+    return torch.cat([h @ up[a:b].float().t() for h, a, b in zip(columns, segments, ends, strict=True)], dim=1)
 
 
 def w4_matmul_torch(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish = PLAIN) -> Tensor:
@@ -132,7 +130,9 @@ def w4_matmul_torch(q: QuantizedInput, part: PartView, bias: Tensor | None, out:
     if part.channel_scale is not None:
         y *= part.channel_scale[: spec.n]
     if q.lowrank is not None:
-        y += lowrank_product(q.lowrank, part)
+        y += lowrank_product(q.lowrank, part.up, spec.segments, spec.n)
+    if q.extra is not None:
+        y += lowrank_product(q.extra, part.extra.up, part.extra.segments, spec.n)
     if bias is not None:
         y += bias.float()
     if spec.act_unsigned and q.kind in ("e4m3", "int8"):

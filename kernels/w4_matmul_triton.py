@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import PartSpec, PartView
+from .layout import PartView
 from .rounding import dot_split, inverse_of, operand, rounded, storable
 from .smooth_quantize_torch import QuantizedInput
 from .targets import interpreting, launch_device, target_for
@@ -27,6 +27,7 @@ from .tiles import matmul_tile
 from .w4_matmul_torch import Finish
 
 FAR = (1 << 31) - 1  # a segment start that no output reaches
+SEGMENT_STARTS = ("seg1", "seg2", "seg3", "xseg1", "xseg2", "xseg3")
 GROUP_M = 8
 
 
@@ -129,12 +130,18 @@ def _gelu_tanh(y, PTX: tl.constexpr):
 
 
 @triton.jit
-def _add_lowrank(acc, lowrank, up, n, m, seg, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, EMULATE: tl.constexpr):
-    """acc [BN, BM] + up @ h^T, h fp32 in two bf16 halves."""
-    for r in tl.range(0, RANK, RB, num_stages=1):
+def segment_of(n0, seg1, seg2, seg3):
+    """Which segment of the low-rank branch output n0 belongs to."""
+    return (n0 >= seg1).to(tl.int32) + (n0 >= seg2).to(tl.int32) + (n0 >= seg3).to(tl.int32)
+
+
+@triton.jit
+def _add_lowrank(acc, lowrank, up, n, m, seg, h_row, rank, RB: tl.constexpr, EMULATE: tl.constexpr):
+    """acc [BN, BM] + up @ h^T, h fp32 in two bf16 halves, its rows h_row apart."""
+    for r in tl.range(0, rank, RB, num_stages=1):
         ranks = r + tl.arange(0, RB)
-        u = tl.load(up + n[:, None] * RANK + ranks[None, :]).to(tl.float32)
-        h = tl.load(lowrank + m.to(tl.int64)[None, :] * ROWS + (seg * RANK + ranks)[:, None])
+        u = tl.load(up + n[:, None] * rank + ranks[None, :]).to(tl.float32)
+        h = tl.load(lowrank + m.to(tl.int64)[None, :] * h_row + (seg * rank + ranks)[:, None])
         acc = dot_split(u, h, acc, tl.bfloat16 != up.dtype.element_ty, True, EMULATE)
     return acc
 
@@ -162,11 +169,12 @@ def finish_rows(
     return y
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_batch", "gelu_from", "seg1", "seg2", "seg3"])
+@triton.jit(do_not_specialize=["M", "rows_per_batch", "gelu_from", *SEGMENT_STARTS])
 def _w4_matmul(
-    x, x_scales, lowrank, codes, scales, up, channel_scale, shift_bias, bias, out, residual, gate,
+    x, x_scales, lowrank, extra, codes, scales, up, extra_up, channel_scale, shift_bias, bias, out, residual, gate,
     M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3,
-    KIND: tl.constexpr, E4M3: tl.constexpr, FOLD: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, SEGMENTS: tl.constexpr,
+    h_row, extra_row, extra_rank, xseg1, xseg2, xseg3,
+    KIND: tl.constexpr, E4M3: tl.constexpr, FOLD: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, XB: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
     GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, PTX: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -217,8 +225,9 @@ def _w4_matmul(
     if HAS_CHANNEL:
         acc *= tl.load(channel_scale + n)[:, None]
     if RANK > 0:
-        seg = (n0 >= seg1).to(tl.int32) + (n0 >= seg2).to(tl.int32) + (n0 >= seg3).to(tl.int32)
-        acc = _add_lowrank(acc, lowrank, up, n, token, seg, SEGMENTS * RANK, RANK, RB, EMULATE)
+        acc = _add_lowrank(acc, lowrank, up, n, token, segment_of(n0, seg1, seg2, seg3), h_row, RANK, RB, EMULATE)
+    if XB > 0:
+        acc = _add_lowrank(acc, extra, extra_up, n, token, segment_of(n0, xseg1, xseg2, xseg3), extra_row, extra_rank, XB, EMULATE)
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if HAS_SHIFT:
@@ -229,26 +238,34 @@ def _w4_matmul(
     )  # fmt: skip
 
 
-def check_segments(spec: PartSpec) -> None:
+def check_segments(part: PartView) -> None:
     """Raises ValueError for more low-rank segments than the kernels take."""
-    if len(spec.segments) > 4:
-        raise ValueError(f"the layer has {len(spec.segments)} low-rank segments, the kernel takes at most 4")
+    for segments in (part.spec.segments, part.extra.segments if part.extra else ()):
+        if len(segments) > 4:
+            raise ValueError(f"the layer has {len(segments)} low-rank segments, the kernel takes at most 4")
 
 
-def launch_sizes(spec: PartSpec, rows: int, out: Tensor, finish: Finish) -> tuple[int, ...]:
-    """The integer arguments M to seg3, which both product kernels take in this order."""
+def launch_sizes(q: QuantizedInput, part: PartView, out: Tensor, finish: Finish) -> tuple[int, ...]:
+    """The integer arguments M to xseg3, which both product kernels take in this order."""
+    spec, rows = part.spec, q.codes.shape[0]
     strides = (0, 0) if finish.residual is None else finish.residual.stride()
-    starts = [*spec.segments[1:], FAR, FAR, FAR][:3]
+    starts, further = ([*segments[1:], FAR, FAR, FAR][:3] for segments in (spec.segments, part.extra.segments if part.extra else ()))
+    h_rows = (0 if h is None else h.stride(0) for h in (q.lowrank, q.extra))
     return (
         rows, spec.n, spec.n_padded, spec.k_padded, *out.stride(), *strides, 0 if finish.gate is None else finish.gate.stride(0),
-        min(finish.rows_per_batch, rows), finish.gelu_from or 0, *starts,
+        min(finish.rows_per_batch, rows), finish.gelu_from or 0, *starts, *h_rows, extra_rank(q, part), *further,
     )  # fmt: skip
+
+
+def extra_rank(q: QuantizedInput, part: PartView) -> int:
+    """R of a part's further columns; 0 without any."""
+    return 0 if q.extra is None else part.extra.up.shape[1]
 
 
 def launch_switches(part: PartView, rank: int, shift: bool, bias: Tensor | None, finish: Finish) -> dict[str, int | bool]:
     """The constants that both product kernels take."""
     return {
-        "RANK": rank, "SEGMENTS": len(part.spec.segments), "HAS_CHANNEL": part.channel_scale is not None, "HAS_SHIFT": shift,
+        "RANK": rank, "HAS_CHANNEL": part.channel_scale is not None, "HAS_SHIFT": shift,
         "HAS_BIAS": bias is not None, "ACCUMULATE": finish.accumulate, "GELU": finish.gelu_from is not None,
         "GATE": finish.gate is not None, "EMULATE": interpreting(),
     }  # fmt: skip
@@ -275,7 +292,7 @@ def variant_of(kind: str, code_form: str) -> tuple[str, bool, float]:
 def w4_matmul_triton(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish) -> Tensor:
     """Same arguments and result as w4_matmul_torch. Operands must have been checked. Raises ValueError for more than four segments."""
     spec, rows = part.spec, q.codes.shape[0]
-    check_segments(spec)
+    check_segments(part)
     if rows == 0:
         return out
     kernel_kind, e4m3, fold = variant_of(q.kind, spec.code_form)
@@ -287,12 +304,14 @@ def w4_matmul_triton(q: QuantizedInput, part: PartView, bias: Tensor | None, out
     scales = part.scales.view(torch.uint8) if kernel_kind == "plain" else part.scales  # Triton has no e4m3 type below sm_89
     with launch_device(out.device):
         _w4_matmul[(triton.cdiv(rows, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
-            q.codes, dummy if q.scales is None else q.scales, q.lowrank if rank else dummy, part.codes, scales,
-            part.up if rank else dummy, dummy if part.channel_scale is None else part.channel_scale,
+            q.codes, dummy if q.scales is None else q.scales, q.lowrank if rank else dummy, dummy if q.extra is None else q.extra,
+            part.codes, scales, part.up if rank else dummy, dummy if q.extra is None else part.extra.up,
+            dummy if part.channel_scale is None else part.channel_scale,
             part.shift_bias if shift else dummy, dummy if bias is None else bias.contiguous(), out,
             dummy if finish.residual is None else finish.residual, dummy if finish.gate is None else finish.gate,
-            *launch_sizes(spec, rows, out, finish),
-            KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RB=rank_step(rank, 32), BN=tile.bn, BM=tile.bm, GROUP_M=GROUP_M,
+            *launch_sizes(q, part, out, finish),
+            KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RB=rank_step(rank, 32), XB=rank_step(extra_rank(q, part), 32),
+            BN=tile.bn, BM=tile.bm, GROUP_M=GROUP_M,
             PTX=target.name.startswith("sm_"),
             **launch_switches(part, rank, shift, bias, finish), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

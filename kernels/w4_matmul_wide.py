@@ -22,9 +22,19 @@ from .rounding import has_pairs, held, in_registers, rounded, settled
 from .row_statistics_triton import largest_smoothed
 from .smooth_quantize_torch import QuantizedInput
 from .targets import Target, interpreting, launch_device, target_for
-from .tiles import wide_bands
+from .tiles import Tile, wide_bands
 from .w4_matmul_torch import Finish
-from .w4_matmul_triton import check_segments, finish_rows, launch_sizes, launch_switches, rank_step, unit_gate
+from .w4_matmul_triton import (
+    SEGMENT_STARTS,
+    check_segments,
+    extra_rank,
+    finish_rows,
+    launch_sizes,
+    launch_switches,
+    rank_step,
+    segment_of,
+    unit_gate,
+)
 
 # Hopper adds e4m3 products to its accumulator with about 14 bits and truncates. With inputs of both signs the sum so far shrinks by that,
 # with those of a GELU, nearly all of one sign, it grows (measured on an H200). This share of it, per 256 products, is given back with every
@@ -52,15 +62,15 @@ def _dot(w_from, x_from, n, m, KP, k, acc, COPY_ENGINE: tl.constexpr, BK: tl.con
 
 
 @triton.jit
-def _lowrank_operands(up, lowrank, n, m, seg, r, ROWS: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def _lowrank_operands(up, lowrank, n, m, seg, r, h_row, rank, RB: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """Ranks r to r + RB of up [BN, RB] and of the low-rank activation [BM, RB]. n, m: first rows for tensor descriptors, else all rows."""
     if DESCRIPTORS:
         u = up.load([n, r])
-        h = lowrank.load([m, seg * RANK + r])
+        h = lowrank.load([m, seg * rank + r])
     else:
         ranks = r + tl.arange(0, RB)[None, :]
-        u = tl.load(up + n.to(tl.int64)[:, None] * RANK + ranks)
-        h = tl.load(lowrank + m.to(tl.int64)[:, None] * ROWS + seg * RANK + ranks)
+        u = tl.load(up + n.to(tl.int64)[:, None] * rank + ranks)
+        h = tl.load(lowrank + m.to(tl.int64)[:, None] * h_row + seg * rank + ranks)
     return u, h
 
 
@@ -77,11 +87,25 @@ def _lowrank_dot(u, h, acc, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, EMULA
     return acc
 
 
-@triton.jit(do_not_specialize=["start", "M", "rows_per_batch", "gelu_from", "seg1", "seg2", "seg3", "peak_first"])
+@triton.jit
+def _add_lowrank(
+    acc, up, lowrank, n, m, seg, h_row, rank, RB: tl.constexpr, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr
+):
+    """acc + up @ h^T, RB ranks a step."""
+    # Settled: pipelined, operands that are still read would be overwritten (Triton 3.6).
+    for r in tl.range(0, rank, RB, num_stages=1 if TF32 else 4):
+        u, h = _lowrank_operands(up, lowrank, n, m, seg, r, h_row, rank, RB, COPY_ENGINE)
+        acc = settled(_lowrank_dot(u, h, acc, TF32, COPY_ENGINE, EMULATE), COPY_ENGINE and not EMULATE)
+    return acc
+
+
+@triton.jit(do_not_specialize=["start", "M", "rows_per_batch", "gelu_from", *SEGMENT_STARTS, "peak_first"])
 def _w4_matmul_wide(
-    w_from, x_from, up, lowrank, table, x_scales, channel_scale, shift_bias, bias, out, residual, gate, peak, next_smooth, gain,
-    start, M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3, peak_first,
-    KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, EARLY: tl.constexpr, SEGMENTS: tl.constexpr,
+    w_from, x_from, up, lowrank, extra_up, extra, table, x_scales, channel_scale, shift_bias, bias, out, residual, gate, peak,
+    next_smooth, gain,
+    start, M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3,
+    h_row, extra_row, extra_rank, xseg1, xseg2, xseg3, peak_first,
+    KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, EARLY: tl.constexpr, XB: tl.constexpr, EXTRA_EARLY: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
     GATE: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     GROUP_M: tl.constexpr, PIECES: tl.constexpr, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
@@ -91,7 +115,7 @@ def _w4_matmul_wide(
     KIND: "row" (e4m3, table = ratio [ceil(KP / BLOCK), NP]), "half" (fp16, table = scale [NP]), "plain" (16 bit, no scales).
     PEAK: 1: row maxima of the result over next_smooth go to peak (fp32 as int32 [M]), 2: shifted ones.
     w_from [NP, KP], x_from [M, KP]: tensor descriptors with COPY_ENGINE, else pointers.
-    up [NP, RANK], lowrank [M, SEGMENTS * RANK]: likewise, but pointers with EARLY.
+    up [NP, RANK], lowrank [M, S * RANK]: likewise, but pointers with EARLY. extra_up, extra: the same of the further columns, XB a step.
     """
     tiles_m = tl.cdiv(M - start, BM)
     band = GROUP_M * tl.cdiv(NP, BN)
@@ -108,11 +132,15 @@ def _w4_matmul_wide(
     else:
         w_rows = n
         x_rows = tl.minimum(m0 + tl.arange(0, BM), M - 1)
-    if RANK > 0:
-        seg = (n0 >= seg1).to(tl.int32) + (n0 >= seg2).to(tl.int32) + (n0 >= seg3).to(tl.int32)
-        if EARLY:  # behind the main loop nothing would hide the time they take, and copies by descriptors would be waited for here
-            tokens = tl.minimum(m0 + tl.arange(0, BM), M - 1)
-            u_first, h_first = _lowrank_operands(up, lowrank, n, tokens, seg, 0, SEGMENTS * RANK, RANK, RB, False)
+    # Low-rank operands that fit in registers are fetched here: behind the main loop nothing would hide the time they take, and copies by
+    # descriptors would be waited for where they stand.
+    tokens = tl.minimum(m0 + tl.arange(0, BM), M - 1)
+    seg = segment_of(n0, seg1, seg2, seg3)
+    xseg = segment_of(n0, xseg1, xseg2, xseg3)
+    if EARLY:
+        u_first, h_first = _lowrank_operands(up, lowrank, n, tokens, seg, 0, h_row, RANK, RB, False)
+    if EXTRA_EARLY:
+        u_extra, h_extra = _lowrank_operands(extra_up, extra, n, tokens, xseg, 0, extra_row, XB, XB, False)
     if KIND == "row":
         ratio = tl.load(table + n)  # one block ahead: a ratio loaded where it is used is waited for in every block
         for k in range(0, KP, 128):
@@ -129,14 +157,14 @@ def _w4_matmul_wide(
         acc *= tl.load(channel_scale + n)[:, None]
     if KIND != "plain":
         acc *= tl.load(x_scales + tl.minimum(m0 + tl.arange(0, BM), M - 1))[None, :]
-    if RANK > 0:
-        if EARLY:
-            acc = _lowrank_dot(held(u_first, PTX), held(h_first, PTX), acc, TF32, COPY_ENGINE, EMULATE)
-        else:
-            # Settled: pipelined, operands that are still read would be overwritten (Triton 3.6).
-            for r in tl.range(0, RANK, RB, num_stages=1 if TF32 else 4):
-                u, h = _lowrank_operands(up, lowrank, w_rows, x_rows, seg, r, SEGMENTS * RANK, RANK, RB, COPY_ENGINE)
-                acc = settled(_lowrank_dot(u, h, acc, TF32, COPY_ENGINE, EMULATE), COPY_ENGINE and not EMULATE)
+    if EARLY:
+        acc = _lowrank_dot(held(u_first, PTX), held(h_first, PTX), acc, TF32, COPY_ENGINE, EMULATE)
+    elif RANK > 0:
+        acc = _add_lowrank(acc, up, lowrank, w_rows, x_rows, seg, h_row, RANK, RB, TF32, COPY_ENGINE, EMULATE)
+    if EXTRA_EARLY:
+        acc = _lowrank_dot(held(u_extra, PTX), held(h_extra, PTX), acc, TF32, COPY_ENGINE, EMULATE)
+    elif XB > 0:
+        acc = _add_lowrank(acc, extra_up, extra, w_rows, x_rows, xseg, extra_row, extra_rank, XB, TF32, COPY_ENGINE, EMULATE)
     # The ending piece by piece: fewer registers at once.
     pieces = _pieces(acc, BN, BM, PIECES)
     for i in tl.static_range(PIECES):
@@ -182,13 +210,35 @@ def e4m3_gain(target: Target, unsigned: bool) -> float:
     return 1.0 + loss * BLOCK / 256 if target.name == "sm_90" else 1.0
 
 
+def _sources(left: Tensor, right: Tensor, tile: Tile, columns: int, target: Target | None) -> list[Tensor | TensorDescriptor]:
+    """What the kernel reads tiles [bn, columns] and [bm, columns] from: descriptors where the target has a copy engine."""
+    if target is None or not target.copy_engine:
+        return [left, right]
+    return [TensorDescriptor.from_tensor(left, [tile.bn, columns]), TensorDescriptor.from_tensor(right, [tile.bm, columns])]
+
+
+def hold_early(kind: str, tf32: bool, gate: bool, rank: int, further: int) -> tuple[bool, bool]:
+    """Whether the operands of the part's own ranks and of the further ones are held in registers: where all fit into one step, and where
+
+    there are registers for them: "row" products run two programs a multiprocessor, the others need most of a program's for the result.
+    """
+    if kind == "row" and (tf32 or (gate and further)):
+        return False, False
+    return 0 < rank == rank_step(rank, RANKS_A_STEP), kind == "row" and 0 < further == rank_step(further, RANKS_A_STEP)
+
+
+def most_registers(target: Target, kind: str, further: int) -> int | None:
+    """A thread's registers for two programs a multiprocessor, where the compiler would take a few more."""
+    return 128 if target.name == "sm_90" and kind == "row" and further else None
+
+
 def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish) -> Tensor:
     """Same arguments and result as w4_matmul_torch, for kinds "e4m3", "half" and "plain". Operands must have been checked.
 
     Raises ValueError for more than four segments.
     """
     spec, rows = part.spec, q.codes.shape[0]
-    check_segments(spec)
+    check_segments(part)
     if rows == 0:
         return out
     kind = "row" if q.kind == "e4m3" else q.kind
@@ -199,17 +249,19 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
     finish, peak = unit_gate(finish), finish.peak
     weight = expand_weight_triton(part, q.kind, x.dtype)
     table = weight.ratio if kind == "row" else weight.scale
-    tf32 = rank > 0 and not q.lowrank.dtype == part.up.dtype == torch.bfloat16
-    block = rank_step(rank, RANKS_A_STEP)
-    early = 0 < rank == block and not (kind == "row" and tf32)  # which would need more registers than two programs have
+    pairs = [(part.up, q.lowrank)] if rank else []
+    further = extra_rank(q, part)
+    pairs += [(part.extra.up, q.extra)] if further else []
+    tf32 = any(t.dtype != torch.bfloat16 for pair in pairs for t in pair)
+    block, extra_block = rank_step(rank, RANKS_A_STEP), rank_step(further, RANKS_A_STEP)
+    early, extra_early = hold_early(kind, tf32, finish.gate is not None, rank, further)
     switches = launch_switches(part, rank, shift, bias, finish)
-    sizes = launch_sizes(spec, rows, out, finish)[1:]
+    sizes = launch_sizes(q, part, out, finish)[1:]
     with launch_device(out.device):
         for start, stop, tile in wide_bands(target, kind, rows, spec.n_padded):
-            operands = [(weight.values, tile.bn, tile.bk), (x, tile.bm, tile.bk)]
-            operands += [(part.up, tile.bn, block), (q.lowrank, tile.bm, block)] if rank and not early else []
-            operands = [TensorDescriptor.from_tensor(t, [rows, cols]) if target.copy_engine else t for t, rows, cols in operands]
-            operands += [] if len(operands) == 4 else [part.up, q.lowrank] if rank else [out, out]
+            operands = _sources(weight.values, x, tile, tile.bk, target)
+            operands += _sources(*(pairs[0] if rank else (out, out)), tile, block, None if early or not rank else target)
+            operands += _sources(*(pairs[-1] if further else (out, out)), tile, extra_block, None if extra_early or not further else target)
             _w4_matmul_wide[(triton.cdiv(stop - start, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
                 *operands, out if table is None else table, out if q.scales is None else q.scales,
                 out if part.channel_scale is None else part.channel_scale, part.shift_bias if shift else out,
@@ -217,9 +269,10 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
                 out if finish.gate is None else finish.gate,
                 out if peak is None else peak.amax.view(torch.int32), out if peak is None else peak.smooth,
                 e4m3_gain(target, spec.act_unsigned) if kind == "row" else 1.0, start, stop, *sizes, 0 if peak is None else peak.first,
-                KIND=kind, RB=block, EARLY=early, BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
+                KIND=kind, RB=block, EARLY=early, XB=extra_block, EXTRA_EARLY=extra_early,
+                BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
                 PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target) and not interpreting(),
                 COPY_ENGINE=target.copy_engine,
-                **switches, num_warps=tile.warps, num_stages=tile.stages,
+                **switches, num_warps=tile.warps, num_stages=tile.stages, maxnreg=most_registers(target, kind, further),
             )  # fmt: skip
     return out

@@ -1,10 +1,12 @@
-"""Oracle of w4a16_linear: y = x @ (code*scale + zero)^T + bias, fp32 throughout, rounded once to x.dtype."""
+"""Oracle of w4a16_linear: y = x @ (code*scale + zero)^T + (x @ extra.down) @ extra.up^T + bias, in fp32, rounded once to x.dtype."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from .layout import PartView, unpack_nibbles
+from .smooth_quantize_torch import check_columns
+from .w4_matmul_torch import lowrank_product
 
 
 def check_w4a16(x: Tensor, part: PartView) -> None:
@@ -13,6 +15,7 @@ def check_w4a16(x: Tensor, part: PartView) -> None:
         raise ValueError(f"this is a {part.spec.precision} layer, expected w4a16")
     if x.ndim != 2 or x.shape[1] != part.spec.k:
         raise ValueError(f"x has shape {list(x.shape)}, expected [M, {part.spec.k}]")
+    check_columns(part)
 
 
 def w4a16_linear_torch(x: Tensor, part: PartView, bias: Tensor | None) -> Tensor:
@@ -23,4 +26,6 @@ def w4a16_linear_torch(x: Tensor, part: PartView, bias: Tensor | None) -> Tensor
     weight *= part.scales.t()[:n].float()[:, :, None]
     weight += part.zeros.t()[:n].float()[:, :, None]
     y = x.float() @ weight.view(n, -1)[:, :k].t()
+    if part.extra is not None:
+        y += lowrank_product(x.float() @ part.extra.down[:k].float(), part.extra.up, part.extra.segments, n)
     return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -6,7 +6,6 @@ modulation in native order without the folded 1; final_layer.adaLN_modulation.1 
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import dense_bias, dense_weight
-from .formats.checkpoint import CheckpointError, FluxCheckpoint, HostLinear, find_files, open_checkpoint
+from .formats.checkpoint import FluxCheckpoint, HostLinear, find_files, open_checkpoint
+from .formats.output import check_place, check_room
 from .formats.tensorfile import Slot, stream_save
 
 
@@ -57,32 +57,15 @@ def dequantize(path_in: str | os.PathLike, path_out: str | os.PathLike, progress
     FLUX checkpoint, or path_out is one of its files, a folder, in a folder that is not there, or on a disk without room for it.
     """
     path_out = Path(path_out)
-    _check_place(path_in, path_out)
+    check_place(find_files(path_in), path_out)
     checkpoint = open_checkpoint(path_in)
     try:
         tensors = dense_state_dict(checkpoint, torch.bfloat16, device)
         slots = [Slot(name, torch.bfloat16, shape, partial(_take, tensors, name)) for name, shape in _shapes(checkpoint)]
-        _check_room(path_out, sum(math.prod(s.shape) * s.dtype.itemsize for s in slots))
+        check_room(path_out, sum(math.prod(s.shape) * s.dtype.itemsize for s in slots))
         stream_save(path_out, slots, {"format": "pt"}, progress)
     finally:
         checkpoint.close()
-
-
-def _check_place(path_in: str | os.PathLike, path_out: Path) -> None:
-    if path_out.is_dir():
-        raise CheckpointError(f"{path_out} is a folder; give the name of the .safetensors file to write in it.")
-    if path_out.exists() and any(path_out.samefile(p) for p in find_files(path_in)):
-        raise CheckpointError(f"{path_out} is the file to read; choose another name for the output.")
-    if not path_out.absolute().parent.is_dir():
-        raise CheckpointError(f"{path_out} cannot be written: there is no folder {path_out.absolute().parent}; make it first.")
-
-
-def _check_room(path_out: Path, need: int) -> None:
-    free = shutil.disk_usage(path_out.absolute().parent).free
-    if need > free:
-        raise CheckpointError(
-            f"{path_out} needs {need / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; make room or choose another disk."
-        )
 
 
 def _shapes(checkpoint: FluxCheckpoint) -> Iterator[tuple[str, tuple[int, ...]]]:

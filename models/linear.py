@@ -17,6 +17,7 @@ from ..kernels.norm_modulate import Norm, norm_modulate
 from ..kernels.targets import resolve_compute
 from ..kernels.w4_matmul import Finish, Peak, finds_peak, quantize_for, w4_matmul
 from ..kernels.w4a16_linear import w4a16_linear
+from .lora import Side
 from .runtime import Runtime
 
 LARGEST_FP16 = 65504.0
@@ -51,13 +52,16 @@ class Leaf(nn.Module):
     """What the host expects of a module whose weight it may keep elsewhere: these attributes, and `weight` and `bias`."""
 
     comfy_cast_weights = False  # the host sets True on an instance it leaves offloaded
-    has_side = False  # something is added to what the weight computes
 
     def __init__(self, runtime: Runtime):
         super().__init__()
         self.runtime = runtime
         self.weight_function: list = []
         self.bias_function: list = []
+
+    def side_tensors(self) -> list[Tensor]:
+        """What lies beside the weight and is computed with."""
+        return []
 
 
 def parameter(tensor: Tensor | None) -> nn.Parameter | None:
@@ -139,16 +143,22 @@ class PackedLinear(Leaf):
         self._side: Side | None = None
         self._views: tuple[int, list[layout.PartView]] | None = None  # address of the weight they look at
 
-    # -- side branches (LoRA) ---------------------------------------------------------------------------------------------------
+    # -- side (LoRA) ------------------------------------------------------------------------------------------------------------
 
-    def set_side(self, down: Tensor | None = None, up: Tensor | None = None, delta: Tensor | None = None) -> None:
-        """Replaces what is added to the 4-bit weight: up [N, r] @ down [r, K] and a dense delta [N, K], each or both; none removes it."""
-        self._side = None if down is None and delta is None else Side(down, up, delta)
-        self.has_side = self._side is not None
+    def set_side(self, side: Side | None) -> None:
+        """Replaces what lies beside the 4-bit weight; None removes it."""
+        self._side, self._views = side, None
 
-    def side_nbytes(self) -> int:
-        """Bytes the side branch holds, for the host's memory accounting."""
-        return 0 if self._side is None else self._side.nbytes()
+    @property
+    def has_side(self) -> bool:
+        return self._side is not None
+
+    def side_tensors(self) -> list[Tensor]:
+        return [] if self._side is None else self._side.tensors()
+
+    def fuses_side(self, compute: str) -> bool:
+        """Whether the kernels take all of the side: columns they do, but torch's product with the dense weight does not."""
+        return self._side is None or (self._side.delta is None and (compute != "weight_only" or self.is_modulation))
 
     # -- forward ----------------------------------------------------------------------------------------------------------------
 
@@ -157,7 +167,7 @@ class PackedLinear(Leaf):
         if compute is None:  # modulation layers have one way to compute
             compute = "weight_only" if self.is_modulation else resolved("auto", x.device)
         shape = x.shape
-        return self.run(x.reshape(1, shape[:-1].numel(), shape[-1]), compute).view(*shape[:-1], self.out_features)
+        return self._run(x.reshape(1, shape[:-1].numel(), shape[-1]), compute).view(*shape[:-1], self.out_features)
 
     def run(
         self,
@@ -174,12 +184,26 @@ class PackedLinear(Leaf):
         early. norm: LayerNorm and modulation of x before it. peak: what the linear before found of the last part's input.
         out: [B, L, N] to write to (any strides but a contiguous last dimension), else a new tensor. Returns [B, L, N] in x's type.
         """
+        if "forward" not in self.__dict__:
+            return self._run(x, compute, norm, ending, out, peak)
+        y = apply_ending(self.forward(normalised(x, norm), compute), ending)  # the host wrapped this very module's forward (bypass LoRA)
+        return y if out is None else out.copy_(y)
+
+    def _run(
+        self,
+        x: Tensor | list[Tensor],
+        compute: str,
+        norm: Norm | None = None,
+        ending: Ending | None = None,
+        out: Tensor | None = None,
+        peak: Peak | None = None,
+    ) -> Tensor:
         device = x.device if isinstance(x, Tensor) else x[0].device
         with self.runtime.acquire(self, device) as (blob, bias):
-            if self._side is None:
+            if self.fuses_side(compute):
                 return self._four_bit(x, blob, bias, compute, norm, ending, out, peak)
             x = normalised(x, norm)
-            y = apply_ending(self._side.add(self._four_bit(x, blob, bias, compute), x), ending)
+            y = apply_ending(self._side.add(self.spec, self._four_bit(x, blob, bias, compute), x), ending)
             return y if out is None else out.copy_(y)
 
     def _four_bit(
@@ -193,11 +217,12 @@ class PackedLinear(Leaf):
         out: Tensor | None = None,
         peak: Peak | None = None,
     ) -> Tensor:
-        """As `run`, with a weight and bias on the device and without the side branch."""
+        """As `run`, with a weight and bias on the device, and with the side only where the kernels take it."""
         if torch.compiler.is_compiling():
             from . import ops
 
-            return ops.linear(x, blob, bias, self.handle, compute, norm, ending, out)
+            side = self._side if self.fuses_side(compute) else None
+            return ops.linear(x, blob, bias, self.handle, compute, norm, ending, out, side)
         half = (x if isinstance(x, Tensor) else x[0]).dtype == torch.float16
         if half and compute == "weight_only" and self._fits_fp16 is None and not self.is_modulation:
             self._fits_fp16 = fits_fp16(self.spec, blob)  # asked for here only, so that loading does not wait for it
@@ -206,11 +231,18 @@ class PackedLinear(Leaf):
     def _parts(self, blob: Tensor) -> list[layout.PartView]:
         """Views of the parts: kept for the module's own weight, since making them costs more than a launch; made for a streamed one."""
         if blob is not self.weight:
-            return layout.views(self.spec, blob)
+            return self._with_columns(layout.views(self.spec, blob))
         kept, at = self._views, blob.data_ptr()
         if kept is None or kept[0] != at:
-            kept = self._views = (at, layout.views(self.spec, blob))
+            kept = self._views = (at, self._with_columns(layout.views(self.spec, blob)))
         return kept[1]
+
+    def _with_columns(self, parts: list[layout.PartView]) -> list[layout.PartView]:
+        """The parts, with the side's columns where the kernels take all of it."""
+        if self._side is not None and self._side.delta is None:
+            for part, columns in zip(parts, self._side.to(parts[0].codes.device).columns, strict=True):
+                part.extra = columns
+        return parts
 
     def _apply(self, *args: object, **kwargs: object) -> PackedLinear:
         self._views = None  # they would keep alive the memory that the weight moves away from
@@ -315,7 +347,9 @@ def peak_between(first: Linear, second: Linear, gelu_from: int, rows: int, compu
     """
     if torch.compiler.is_compiling() or not isinstance(first, PackedLinear) or not isinstance(second, PackedLinear):
         return None
-    if first.has_side or second.has_side or not second.runtime.at_home(second, device) or compute not in ("exact", "fast"):
+    if compute not in ("exact", "fast") or not second.runtime.at_home(second, device):
+        return None
+    if not (first.fuses_side(compute) and second.fuses_side(compute)) or "forward" in first.__dict__ or "forward" in second.__dict__:
         return None
     last = second._parts(second.weight)[-1]
     makers = [p for p in first.spec.parts if p.row_offset + p.n > gelu_from]
@@ -365,25 +399,3 @@ def spec_handle(spec: layout.PackSpec) -> int:
 def spec_of(handle: int) -> layout.PackSpec:
     """The layout of a number."""
     return _SPECS[handle]
-
-
-@dataclass
-class Side:
-    """What LoRA adds to a packed linear: (x @ down^T) @ up^T + x @ delta^T. down [r, K], up [N, r], delta [N, K], in any float type."""
-
-    down: Tensor | None
-    up: Tensor | None
-    delta: Tensor | None
-
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.down, self.up, self.delta) if t is not None)
-
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y [..., N] + the branch on x [..., K], multiplied in x's type, summed in fp32."""
-        down, up, delta = (None if t is None else t.to(x.device, x.dtype) for t in (self.down, self.up, self.delta))
-        total = y.float()
-        if down is not None:
-            total = total + F.linear(F.linear(x, down), up).float()
-        if delta is not None:
-            total = total + F.linear(x, delta).float()
-        return total.to(y.dtype)

@@ -20,6 +20,7 @@ from ..kernels.norm_modulate import norm_modulate as norm_modulate_now
 from ..kernels.qk_norm_rope import qk_norm_rope_ as qk_norm_rope_now_
 from . import attention
 from .linear import Ending, packed_linear, spec_of
+from .lora import Side
 
 
 def _free_namespace() -> str:
@@ -43,7 +44,7 @@ def _register(schema: str, run: object, fake: object) -> None:
 
 _LINEAR = (
     "Tensor[] xs, Tensor blob, Tensor? bias, int handle, str compute, Tensor? shift, Tensor? scale, SymInt rows_per_batch, float eps, "
-    "int? gelu_from, Tensor? gate, Tensor? residual"
+    "int? gelu_from, Tensor? gate, Tensor? residual, Tensor[] columns, int[] segments"
 )
 
 
@@ -56,23 +57,44 @@ def linear(
     norm: Norm | None,
     ending: Ending | None,
     out: Tensor | None,
+    side: Side | None = None,
 ) -> Tensor:
-    """PackedLinear without its side branch. handle: the layout's number (linear.spec_handle)."""
+    """PackedLinear with a side of columns only. handle: the layout's number (linear.spec_handle)."""
     norm, ending = norm or Norm(None, None, 1), ending or Ending()
     xs = [x] if isinstance(x, Tensor) else list(x)
     arguments = (xs, blob, bias, handle, compute, norm.shift, norm.scale, norm.rows_per_batch, norm.eps)
-    arguments += (ending.gelu_from, ending.gate, ending.residual)
+    arguments += (ending.gelu_from, ending.gate, ending.residual, *_flat(side, xs[0].device))
     if out is None:
         return OPS.linear(*arguments)
     OPS.linear_into(*arguments, out)
     return out
 
 
-def _linear(xs, blob, bias, handle, compute, shift, scale, rows_per_batch, eps, gelu_from, gate, residual, out=None) -> Tensor:
+def _flat(side: Side | None, device: torch.device) -> tuple[list[Tensor], list[int]]:
+    """A side's columns as an operator takes them: (down, up) of every part that has some; for every part how many segments, and where."""
+    found = () if side is None else side.to(device).columns
+    tensors = [t for c in found if c is not None for t in (c.down, c.up)]
+    return tensors, [number for c in found for number in ((0,) if c is None else (len(c.segments), *c.segments))]
+
+
+def _columns(tensors: list[Tensor], segments: list[int]) -> list[layout.Columns | None]:
+    """What _flat was given."""
+    pairs, numbers, found = iter(tensors), iter(segments), []
+    for count in numbers:
+        starts = tuple(next(numbers) for _ in range(count))
+        found.append(layout.Columns(next(pairs), next(pairs), starts) if starts else None)
+    return found
+
+
+def _linear(
+    xs, blob, bias, handle, compute, shift, scale, rows_per_batch, eps, gelu_from, gate, residual, columns, segments, out=None
+) -> Tensor:
     spec = spec_of(handle)
     norm = None if shift is None else Norm(shift, scale, rows_per_batch, eps)
-    x = xs[0] if len(xs) == 1 else list(xs)
-    return packed_linear(spec, layout.views(spec, blob), x, bias, compute, norm, Ending(gelu_from, gate, residual), out)
+    x, parts = xs[0] if len(xs) == 1 else list(xs), layout.views(spec, blob)
+    for part, extra in zip(parts, _columns(columns, segments), strict=False):
+        part.extra = extra
+    return packed_linear(spec, parts, x, bias, compute, norm, Ending(gelu_from, gate, residual), out)
 
 
 def _linear_fake(xs, blob, bias, handle, *rest) -> Tensor:

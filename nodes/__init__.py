@@ -10,6 +10,11 @@ FAMILIES: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
         "NunchakuFluxDiTLoader": ("NunchakuFluxDiTLoader", "Nunchaku FLUX DiT Loader", ("MODEL",)),
         "SVDQuantFluxDiTLoader": ("SVDQuantFluxDiTLoader", "SVDQuant FLUX DiT Loader (old name)", ("MODEL",)),
     },
+    "lora": {
+        "NunchakuFluxLoraLoader": ("NunchakuFluxLoraLoader", "Nunchaku FLUX LoRA Loader", ("MODEL",)),
+        "NunchakuFluxLoraStack": ("NunchakuFluxLoraStack", "Nunchaku FLUX LoRA Stack", ("MODEL",)),
+        "SVDQuantFluxLoraLoader": ("SVDQuantFluxLoraLoader", "SVDQuant FLUX LoRA Loader (old name)", ("MODEL",)),
+    },
 }
 MEND = (
     "Update ComfyUI-Tonfa and ComfyUI, restart, and if it stays, run `python custom_nodes/ComfyUI-Tonfa doctor` with ComfyUI's Python: "

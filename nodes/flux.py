@@ -82,9 +82,11 @@ class NunchakuFluxDiTLoader:
     ) -> tuple:
         """(MODEL,). The file is read again only when it, the device or the type changed; anything else makes a new clone."""
         from .host.files import identity
+        from .host.lora_files import teach_stock_nodes
         from .host.shell import load_flux, place
 
         warn_about_other_packs()
+        teach_stock_nodes()
         path = find(model_path)
         where = place(int(device_id or 0), data_type)
         if compute not in COMPUTE:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .lora_family import lora_family
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -16,7 +18,7 @@ class Kind:
 
 
 # Loaders of the original pack that this version lacks. A test holds this list against the node maps, so it cannot outlive its truth.
-NOT_YET = ("NunchakuQwenImageDiTLoader", "NunchakuZImageDiTLoader", "NunchakuTextEncoderLoaderV2", "NunchakuFluxLoraLoader")
+NOT_YET = ("NunchakuQwenImageDiTLoader", "NunchakuZImageDiTLoader", "NunchakuTextEncoderLoaderV2")
 ABSENT = "is not in this version of ComfyUI-Tonfa"
 
 
@@ -65,10 +67,13 @@ _UNET_LOADER = "load it with the stock 'Load Diffusion Model' node (UNETLoader)"
 _STOCK = f"It is not quantised by SVDQuant; {_UNET_LOADER}."
 _WHOLE = "It is not quantised by SVDQuant; load it with the stock 'Load Checkpoint' node (CheckpointLoaderSimple)."
 _TEXT = "Load it with the stock node DualCLIPLoader."
-_LORA_ADVICE = f"Load it with the stock node LoraLoaderModelOnly, behind the model loader; NunchakuFluxLoraLoader {ABSENT}."
+_LORA_ADVICE = (
+    "Load it behind the model loader, with the stock node LoraLoaderModelOnly or with NunchakuFluxLoraLoader (Nunchaku FLUX LoRA Loader)."
+)
+_LORA_FOREIGN = "Load it with the stock node LoraLoaderModelOnly, behind the loader of a model of that family."
 _LORA_CONVERTED = (
-    "This version of ComfyUI-Tonfa cannot read that form, and no stock node can: take the LoRA file that it was converted from, with the "
-    f"stock node LoraLoaderModelOnly, behind the model loader. NunchakuFluxLoraLoader, which read it, {ABSENT}."
+    "Load it behind the model loader, with NunchakuFluxLoraLoader (Nunchaku FLUX LoRA Loader), on the 4-bit model that it was converted "
+    "for: no stock node reads that form."
 )
 _PLAIN = [  # the same for files without .qweight, a prefix like "model.diffusion_model." taken off
     (
@@ -98,7 +103,10 @@ _PLAIN = [  # the same for files without .qweight, a prefix like "model.diffusio
     ("unet", r"(input_blocks|down_blocks)\.\d+\.", "an ordinary Stable Diffusion UNet", _STOCK),
 ]
 _PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|transformer\.)")
-_LORA = re.compile(r"[._]lora(_[AB]|_down|_up|[12]\.(down|up))(\.|$)|\.lokr_|\.hada_w")
+_LORA = re.compile(
+    r"[._]lora(_[AB]|_down|_up|_linear_layer|[12]?\.(down|up))(\.|$)"
+    r"|\.(lokr_|hada_|oft_blocks|dora_scale|lora_magnitude_vector|diff(_b)?$|alpha$)"
+)
 _CONVERTED = re.compile(r"transformer_blocks\.\d+\.(qkv_proj|out_proj|mlp_fc[12]|mlp_context_fc[12])(_context)?\.lora_(down|up)$")
 
 
@@ -120,7 +128,10 @@ def identify(names: Mapping[str, object] | list[str], metadata: Mapping[str, str
     if sum(bool(_LORA.search(n)) for n in names) * 2 >= len(names):
         if any(_CONVERTED.search(n) for n in names):
             return Kind("lora", "a LoRA converted to Nunchaku's layer names", _LORA_CONVERTED)
-        return Kind("lora", "a LoRA", _LORA_ADVICE)
+        made_for = lora_family(names)
+        if made_for in ("FLUX.1", "unknown"):
+            return Kind("lora", "a LoRA", _LORA_ADVICE)
+        return Kind("lora", f"a LoRA for {made_for}", _LORA_FOREIGN)
     if any(_NF4.search(n) for n in names):
         advice = (
             "It is not quantised by SVDQuant, and neither this pack nor ComfyUI itself reads that form; the custom nodes "

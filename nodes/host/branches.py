@@ -1,118 +1,155 @@
-"""From the host's patches on one packed weight to the branch that runs beside it."""
+"""From the host's patches on one packed weight to what runs beside it.
+
+Patches that add a product of two factors become columns, exactly, in whatever order they come. What else a patch changes is collected in
+a dense delta, for which the best low-rank form within 1 % is taken where that is much smaller. A patch that reads the weight (DoRA, OFT,
+merges of models) reads it with everything that comes before it on the list.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import comfy.lora
-import comfy.weight_adapter
+import comfy.weight_adapter as adapters
 import torch
 from torch import Tensor
 
 from ...models.linear import PackedLinear
-
-# The host's patch: (strength, adapter or tuple or list, strength of the model's own weight, (dim, start, length) or None, function or None)
-Patch = tuple
-
-
-class PatchError(ValueError):
-    """A patch that does not fit its layer."""
+from ...models.lora import Shape, Side, Term, make_side, planned_nbytes, shape_of
+from .factors import FORMS, factors, product_size
+from .low_rank import low_rank_form
+from .patches import Patch, PatchError, active, caught, fingerprint, is_kind, patched, window
 
 
 @dataclass(frozen=True)
-class Branch:
-    """What is added to one packed weight: up [N, r] @ down [r, K], or a dense delta [N, K]."""
+class Plan:
+    """What the patches on one packed weight will become, found out from shapes alone."""
 
-    down: Tensor | None = None
-    up: Tensor | None = None
-    delta: Tensor | None = None
-
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.down, self.up, self.delta) if t is not None)
-
-    def to(self, device: torch.device) -> Branch:
-        return Branch(*(None if t is None else t.to(device) for t in (self.down, self.up, self.delta)))
+    print: object  # equal for equal patches
+    patches: tuple[tuple[Patch, Shape | None], ...] = ()  # those that fit, each with its exact low-rank form if it has one
+    refused: tuple[str, ...] = ()
+    nbytes: int = 0  # at most
 
 
-def is_low_rank(patch: Patch) -> bool:
-    """Plain LoRA: a product of two factors added to the weight, and nothing that depends on the weight itself."""
-    _, value, strength_model, _, function = patch
-    if not isinstance(value, comfy.weight_adapter.LoRAAdapter) or strength_model != 1.0 or function is not None:
-        return False
-    return all(extra is None for extra in value.weights[3:6])  # mid, DoRA scale, reshape
+def plan_branch(module: PackedLinear, key: str, patches: list[Patch], itemsize: int) -> Plan:
+    """The plan of a layer's patches, for numbers of `itemsize` bytes."""
+    kept, refused, n, k = [], [], module.out_features, module.in_features
+    for patch in active(patches):
+        with caught(key) as said:
+            kept.append((patch, exact_shape(patch, key, n, k)))
+        refused += said
+    dense = n * k * itemsize
+    size = min(planned_nbytes(module.spec, [shape for _, shape in kept if shape is not None], itemsize), dense)
+    size += dense if any(shape is None for _, shape in kept) else 0
+    return Plan(fingerprint(patches), tuple(kept), tuple(refused), size)
 
 
-def active(patches: list[Patch]) -> list[Patch]:
-    """Without those that change nothing: strength 0 beside the model's own weight in full. ("set" ignores its strength.)"""
-    return [p for p in patches if p[0] != 0 or p[2] != 1.0 or (isinstance(p[1], tuple) and p[1][0] == "set")]
+def exact_shape(patch: Patch, key: str, n: int, k: int) -> Shape | None:
+    """Shape of the product that a patch adds to an [n, k] weight; None where it adds none, or one that is larger than the weight.
 
-
-def planned_elements(module: PackedLinear, patches: list[Patch]) -> int:
-    """How many numbers the branch of these patches will hold."""
-    patches, n, k = active(patches), module.out_features, module.in_features
-    if not all(is_low_rank(p) for p in patches):
-        return n * k
-    return min(sum(p[1].weights[1].shape[0] for p in patches) * (n + k), n * k)
-
-
-def make_branch(module: PackedLinear, key: str, patches: list[Patch], device: torch.device, dtype: torch.dtype) -> Branch | None:
-    """The branch of a layer's patches, on `device` in `dtype`; None when they change nothing. Raises PatchError when one does not fit."""
-    patches = active(patches)
-    if not patches:
+    Raises PatchError where the patch does not fit the weight.
+    """
+    _, value, kept, _, function = patch
+    rows, columns, row, column = window(patch, n, k)
+    size = product_size(value, rows, columns)
+    if size is None:
         return None
-    if not all(is_low_rank(p) for p in patches):
-        return Branch(delta=dense_delta(module, key, patches, device).to(dtype))
-    factors = [low_rank_factors(module, key, p, device) for p in patches]
-    up, down = torch.cat([u for u, _ in factors], 1), torch.cat([d for _, d in factors], 0)
-    if down.shape[0] * (module.out_features + module.in_features) >= module.out_features * module.in_features:
-        return Branch(delta=(up @ down).to(dtype))  # many or large LoRAs: the product is the smaller form
-    return Branch(down=down.to(dtype), up=up.to(dtype))
+    *fits, rank = size
+    if fits != [rows, columns]:
+        raise PatchError(f"{key} is {rows} x {columns}, the LoRA {fits[0]} x {fits[1]}")
+    small = isinstance(value, adapters.LoRAAdapter) or rank * (rows + columns) < rows * columns
+    return (rank, rows, columns, row, column) if small and kept == 1.0 and function is None else None
 
 
-def low_rank_factors(module: PackedLinear, key: str, patch: Patch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """up [N, r] (strength * alpha / r folded in) and down [r, K] in fp32; rows or columns outside the patch's slice are zero."""
-    strength, adapter, _, offset, _ = patch
-    up, down = (t.to(device, torch.float32).flatten(1) for t in adapter.weights[:2])
-    alpha = adapter.weights[2]
-    up = up * (strength * (1.0 if alpha is None else float(alpha) / down.shape[0]))
-    n, k = module.out_features, module.in_features
-    dim, start, length = offset or (0, 0, n)
-    expected = (length, k) if dim == 0 else (n, length)
-    if (up.shape[0], down.shape[1]) != expected or start + length > (n, k)[dim]:
-        raise PatchError(f"{key} is {expected[0]} x {expected[1]}, the LoRA {up.shape[0]} x {down.shape[1]}")
-    if offset is not None and dim == 0:
-        up = torch.nn.functional.pad(up, (0, 0, start, n - start - length))
-    elif offset is not None:
-        down = torch.nn.functional.pad(down, (start, k - start - length))
-    return up, down
+def make_branch(module: PackedLinear, key: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Side | None, list[str]]:
+    """The side of a layer's patches, on `device` in `dtype`, None when they change nothing; and what could not be applied, in sentences."""
+    weight, refused = Sum(module, device), list(plan.refused)
+    for patch, shape in plan.patches:
+        with caught(key) as said:
+            if shape is None:
+                weight.add(change(patch, key, weight))
+            else:
+                weight.terms.append(exact_term(patch, shape, weight))
+        refused += said
+    terms, delta = weight.smallest(dtype.itemsize)
+    return make_side(module.spec, terms, delta, device, dtype), refused
 
 
-def dense_delta(module: PackedLinear, key: str, patches: list[Patch], device: torch.device) -> Tensor:
-    """fp32 [N, K]: what the host's own merge makes of the dense weight, minus that weight (LoKr, LoHa, DoRA, diffs, merged models)."""
-    dense = module.convert_weight(module.weight.to(device))
-    originals = {key: [(dense, lambda weight, **_: weight)]}
-    merged = comfy.lora.calculate_weight(patches, dense.clone(), key, intermediate_dtype=torch.float32, original_weights=originals)
-    if merged.shape != dense.shape:
-        raise PatchError(f"{key} is {tuple(dense.shape)}, the patch makes it {tuple(merged.shape)}")
-    delta = merged.sub_(dense)
-    if not delta.any():
-        raise PatchError(f"{key}: the host could not apply it (its reason is above)")
-    return delta
+class Sum:
+    """What the patches that have been applied so far add to a layer's weight: exact products, and a delta for the rest."""
+
+    def __init__(self, module: PackedLinear, device: torch.device):
+        self.module, self.device = module, device
+        self.terms: list[Term] = []
+        self.delta: Tensor | None = None
+
+    def base(self) -> Tensor:
+        """fp32 [N, K]: the layer's own weight."""
+        return self.module.convert_weight(self.module.weight.to(self.device))
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.module.out_features, self.module.in_features, device=self.device)
+
+    def now(self) -> Tensor:
+        """fp32 [N, K]: the weight with all of it."""
+        weight = self._with_terms(self.base())
+        return weight if self.delta is None else weight.add_(self.delta)
+
+    def add(self, delta: Tensor) -> None:
+        self.delta = delta if self.delta is None else self.delta.add_(delta)
+
+    def smallest(self, itemsize: int) -> tuple[list[Term], Tensor | None]:
+        """Terms, and a delta unless it is zero or has a low-rank form that is much smaller; a delta alone where the terms are larger."""
+        n, k = self.module.out_features, self.module.in_features
+        if planned_nbytes(self.module.spec, [shape_of(t) for t in self.terms], itemsize) >= n * k * itemsize:
+            return [], self._with_terms(self.zeros() if self.delta is None else self.delta)
+        if self.delta is None or not self.delta.any():
+            return self.terms, None
+        form = low_rank_form(self.delta, n * k // (4 * (n + k)))
+        return (self.terms, self.delta) if form is None else ([*self.terms, Term(*form)], None)
+
+    def _with_terms(self, weight: Tensor) -> Tensor:
+        for t in self.terms:
+            _, n, k, row, column = shape_of(t)
+            up, down = (f.to(self.device).float() for f in (t.up, t.down))
+            weight[row : row + n, column : column + k].addmm_(up, down, alpha=t.scale)
+        return weight
 
 
-def merged_weight(module: PackedLinear, branch: Branch | None) -> Tensor:
-    """fp32 [N, K]: the dense weight that a packed layer and its branch amount to, on the layer's device."""
-    weight = module.dense()[0]
-    for part in () if branch is None else (branch.delta, None if branch.up is None else branch.up.float() @ branch.down.float()):
-        weight = weight if part is None else weight + part.to(weight.device)
+def exact_term(patch: Patch, shape: Shape, weight: Sum) -> Term:
+    """The product that a patch adds, with its strength."""
+    _, rows, columns, row, column = shape
+
+    def here() -> Tensor:
+        return weight.now()[row : row + rows, column : column + columns]
+
+    up, down, scale = factors(patch[1], weight.device, here)
+    return Term(up, down, patch[0] * scale, row, column)
+
+
+def change(patch: Patch, key: str, weight: Sum) -> Tensor:
+    """fp32 [N, K]: what a patch adds to the weight as it is now, by the host's own code."""
+    if not reads_weight(patch):
+        return patched(weight.zeros(), patch, key, weight.base() if is_kind(patch[1], "model_as_lora") else None)
+    before = weight.now()
+    return patched(before.clone(), patch, key).sub_(before)
+
+
+def reads_weight(patch: Patch) -> bool:
+    """Whether what a patch adds depends on the weight that it is added to."""
+    _, value, kept, _, _ = patch
+    if kept != 1.0 or is_kind(value, "set"):
+        return True
+    if not isinstance(value, adapters.WeightAdapterBase):
+        return False
+    form = FORMS.get(type(value))
+    return form is None or isinstance(value, adapters.GLoRAAdapter) or value.weights[form.dora] is not None
+
+
+def merged_weight(module: PackedLinear, key: str, patches: list[Patch], device: torch.device | None = None) -> Tensor:
+    """fp32 [N, K]: the dense weight with the patches that can be applied, on `device` or where the packed one lies."""
+    layer = Sum(module, module.weight.device if device is None else device)
+    weight = layer.base()
+    for patch in active(patches):
+        with caught(key):
+            weight = patched(weight.clone(), patch, key, layer.base() if is_kind(patch[1], "model_as_lora") else None)
     return weight
-
-
-def shifts_input(module: PackedLinear) -> bool:
-    """Whether a layer adds a constant to its input, which its stored bias takes back (INT4 layers fed by a GELU)."""
-    return module.bias is not None and any(part.act_unsigned for part in module.spec.parts)
-
-
-def shift_of(module: PackedLinear) -> Tensor:
-    """fp32 [N]: what such a layer's stored bias lacks against the plain layer's."""
-    return module.dense()[1] - module.bias.float()

@@ -1,4 +1,4 @@
-"""Which file a saved model name means today. Everything here works on names; only the three functions at the end ask ComfyUI."""
+"""Which file a saved name means today. Everything here works on names; only the functions at the end ask ComfyUI."""
 
 from __future__ import annotations
 
@@ -17,6 +17,24 @@ OTHER_CASE = "the same name in other upper and lower case"
 
 
 @dataclass(frozen=True)
+class Shelf:
+    """One of the host's folders of files, in the words that messages use.
+
+    kin: names that differ in precision, or in a rank that is left out, stand for the same model.
+    """
+
+    folder: str
+    what: str
+    wanted: str
+    widget: str
+    kin: bool = False
+
+
+MODELS = Shelf("diffusion_models", "model", "a SVDQuant FLUX checkpoint", "model_path", kin=True)
+LORAS = Shelf("loras", "LoRA", "a LoRA file", "lora_name")
+
+
+@dataclass(frozen=True)
 class Found:
     """`name`: the entry of today's list that is used. `how`: what was substituted for the asked name; None when it is that very entry."""
 
@@ -30,12 +48,12 @@ def with_legacy_folders(files: Sequence[str]) -> list[str]:
     return [*files, *sorted(folders)]
 
 
-def resolve(asked: str, names: Sequence[str]) -> Found:
+def resolve(asked: str, names: Sequence[str], shelf: Shelf = MODELS) -> Found:
     """The entry of `names` that a saved `asked` means.
 
     In this order: the same relative path; the same base name in any sub-folder, with either separator; the same stem with .safetensors;
-    the rank inserted after the precision, or left out, as old and new names differ in it; the same with the other precision. At
-    each step upper and lower case are told apart first, and not told apart after that.
+    and for models the rank inserted after the precision, or left out, as old and new names differ in it; the same with the other
+    precision. At each step upper and lower case are told apart first, and not told apart after that.
     Raises FileNotFoundError naming the nearest candidates.
     """
     wanted = slashes(str(asked or ""))
@@ -51,18 +69,21 @@ def resolve(asked: str, names: Sequence[str]) -> Found:
     by_base = {base_name(path): paths[path] for path in reversed(ordered)}
     by_folded_base = {base.casefold(): by_base[base] for base in sorted(by_base, reverse=True)}
     asked_base = base_name(wanted)
-    for base, how in (*spellings(asked_base), *spellings(asked_base.casefold())):
+    for base, how in (*spellings(asked_base, shelf), *spellings(asked_base.casefold(), shelf)):
         if base in by_base:
             return Found(by_base[base], how)
         if base.casefold() in by_folded_base:
             return Found(by_folded_base[base.casefold()], OTHER_CASE if base == asked_base else how)
-    raise FileNotFoundError(not_found(wanted, names))
+    raise FileNotFoundError(not_found(wanted, names, shelf))
 
 
-def spellings(base: str) -> Iterator[tuple[str, str]]:
+def spellings(base: str, shelf: Shelf) -> Iterator[tuple[str, str]]:
     """Base names to try for a saved base name, in order, each with what it would be called in the log."""
     yield base, "the file of that name in another folder"
     stem = base[: -len(suffix)] if (suffix := extension(base)) else base
+    if not shelf.kin:
+        yield stem + ".safetensors", "the .safetensors file of that name"
+        return
     yield stem + ".safetensors", "the single-file form"
     yield stem, "the folder form"
     for other in rank_variants(stem):
@@ -90,18 +111,20 @@ def precision_variants(stem: str) -> list[str]:
     return [stem[: found.start()] + other + (found[2] or "") + stem[found.end() :] for other in others]
 
 
-def not_found(wanted: str, names: Sequence[str]) -> str:
+def not_found(wanted: str, names: Sequence[str], shelf: Shelf) -> str:
     """The sentence for a name that nothing matches."""
     if not wanted:
-        return "No model is chosen. Put a SVDQuant FLUX checkpoint into ComfyUI/models/diffusion_models and choose it in model_path."
-    likely = [name for name in names if PRECISION.search(base_name(slashes(name)))]
+        return f"No {shelf.what} is chosen. Put {shelf.wanted} into ComfyUI/models/{shelf.folder} and choose it in {shelf.widget}."
+    likely = [name for name in names if shelf.kin and PRECISION.search(base_name(slashes(name)))]
     near = difflib.get_close_matches(wanted, likely or list(names), n=MOST_NAMED, cutoff=0.3) or sorted(likely or names)[:MOST_NAMED]
-    there = f"The nearest names there: {', '.join(near)}. Choose one in model_path." if near else "There is no model file at all."
-    said = f"Model '{wanted}' is not in ComfyUI's diffusion_models folders. {there}"
-    if wanted.lower().endswith(".gguf"):
+    there = f"There is no {shelf.what} file at all."
+    if near:
+        there = f"The nearest names there: {', '.join(near)}. Choose one in {shelf.widget}."
+    said = f"{shelf.what[0].upper()}{shelf.what[1:]} '{wanted}' is not in ComfyUI's {shelf.folder} folders. {there}"
+    if wanted.lower().endswith(".gguf") and shelf.kin:
         return f"{said} A .gguf file is not for this node: load it with 'Unet Loader (GGUF)' of the pack ComfyUI-GGUF."
-    tried = [base for base in dict.fromkeys(base for base, _ in spellings(base_name(wanted))) if base != wanted]
-    return f"{said} (Also tried: {', '.join(tried[:MOST_TRIED])}.)"
+    tried = [base for base in dict.fromkeys(base for base, _ in spellings(base_name(wanted), shelf)) if base != wanted]
+    return f"{said} (Also tried: {', '.join(tried[:MOST_TRIED])}.)" if tried else said
 
 
 def slashes(name: str) -> str:
@@ -137,6 +160,23 @@ def model_path(name: str) -> str:
         raise FileNotFoundError(
             f"Model '{name}' was listed but is gone from ComfyUI's diffusion_models folders. Refresh (key R) and choose again."
         )
+    return full
+
+
+def lora_names() -> list[str]:
+    """What the host lists as LoRA files."""
+    import folder_paths
+
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> str:
+    """Full path of an entry of `lora_names`."""
+    import folder_paths
+
+    full = folder_paths.get_full_path("loras", name)
+    if full is None:
+        raise FileNotFoundError(f"LoRA '{name}' was listed but is gone from ComfyUI's loras folders. Refresh (key R) and choose again.")
     return full
 
 

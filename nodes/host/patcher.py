@@ -1,65 +1,44 @@
-"""The host's model patcher, taught that packed weights are never rewritten: what LoRA adds to them runs as a branch beside them.
+"""The host's model patcher, taught that packed weights are never rewritten: what LoRA adds to them runs beside them.
 
 The host's patch list stays the truth. Patches on packed keys stay in `self.patches` (clones, their comparison and other nodes read them
-there) and are hidden only while the host's own code loads, moves or merges weights. Biases and unpacked layers are the host's business.
+there) and are hidden only while the host's own code loads, moves or merges weights. Biases and unpacked layers are the host's business,
+except that another clone's patches on them are exchanged where they lie: the host would unload the model and load it again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-import comfy.model_patcher
+import comfy.hooks
+import comfy.model_management
 import torch
-from torch import Tensor
 
 from ...models.graphs import Graphs
-from ...models.linear import PackedLinear
-from .branches import Branch, Patch, PatchError, make_branch, merged_weight, planned_elements, shift_of, shifts_input
+from ...models.linear import Leaf
+from ...models.lora import Side
+from .branches import Plan, make_branch, plan_branch
+from .exchange import bound_to_stay, complete, exchange, is_loaded, merged
+from .merging import MergingPatcher
+from .patches import fingerprint, named
 
 log = logging.getLogger(__name__)
 
-MOST_NAMED = 6
+Hooked = dict[str, Side | None]
 
 
-@dataclass
-class Attached:
-    """Which branches the model runs with. Kept on the model, which clones share."""
-
-    owner: object  # patches_uuid that `own` was made from
-    host_state: tuple  # what the host has merged beside them
-    own: dict[str, Branch] = field(default_factory=dict)  # from a patcher's patches
-    hooked: dict[str, Branch] = field(default_factory=dict)  # from the patches and the current weight hooks, where hooks touch a key
-
-    @property
-    def branches(self) -> dict[str, Branch]:
-        return {**self.own, **self.hooked}
-
-
-class TonfaPatcher(comfy.model_patcher.ModelPatcher):
+class TonfaPatcher(MergingPatcher):
     """A ModelPatcher for models with PackedLinear leaves. Signatures take what any host version passes."""
 
     cached_patcher_init: tuple | None = None
-    _hidden: dict[str, list[Patch]] | None = None
+    _planned: tuple[tuple, dict[str, Plan]] | None = None
+    _refused: list[str] | None = None  # what could not be applied, while it is collected
 
-    @property
-    def packed(self) -> dict[str, PackedLinear]:
-        """State-dict key of the weight -> leaf. The leaves are fixed once the model is built, so they are looked up once."""
-        if "_packed" not in self.__dict__:
-            self._packed = {f"{n}.weight": m for n, m in self.model.named_modules() if isinstance(m, PackedLinear)}
-        return self._packed
-
-    @property
-    def packed_patches(self) -> dict[str, list[Patch]]:
-        """The patches on packed keys, hidden or not."""
-        return self._hidden if self._hidden is not None else {k: v for k, v in self.patches.items() if k in self.packed}
-
-    @property
-    def _compute_dtype(self) -> torch.dtype:
-        return self.model.manual_cast_dtype or self.model.get_dtype()
+    def __init__(self, *args: object, **kwargs: object):
+        self._kept: dict[comfy.hooks.HookGroup, tuple[tuple, Hooked]] = {}  # sides of weight hooks that may come on again
+        self._told: set[str] = set()  # what could not be applied and has been said: loading again is no news
+        super().__init__(*args, **kwargs)
 
     @contextlib.contextmanager
     def _hiding(self) -> Iterator[None]:
@@ -74,7 +53,7 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
             self._hidden = None
             self.patches.update(hidden)
 
-    # -- clones, sizes, patch list --------------------------------------------------------------------------------------------------
+    # -- clones and sizes ---------------------------------------------------------------------------------------------------------
 
     def clone(self, *args: object, **kwargs: object) -> TonfaPatcher:
         copy = super().clone(*args, **kwargs)
@@ -82,85 +61,136 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
         copy.cached_patcher_init = self.cached_patcher_init
         return copy
 
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """What the patches on packed keys will become."""
+        patches = self.packed_patches
+        if not patches:
+            return {}
+        state = self.patches_uuid, sum(map(len, patches.values()))
+        if self._planned is None or self._planned[0] != state:
+            size = self.compute_dtype.itemsize
+            self._planned = state, {key: plan_branch(self.packed[key], key, listed, size) for key, listed in patches.items()}
+        return self._planned[1]
+
     def model_size(self) -> int:
-        """Bytes when all is loaded: the weights, and the branches that the patches will need."""
+        """Bytes when all is loaded: the weights, and what this patcher's patches need beside them."""
         size = super().model_size()
-        return size if self._hidden is not None else size + self._planned_bytes()
+        return size if self._hidden is not None else size + self.sides.sizes(self.plans)[0] + self._hook_bytes()
 
-    def _planned_bytes(self) -> int:
-        elements = sum(planned_elements(self.packed[key], patches) for key, patches in self.packed_patches.items())
-        return elements * self._compute_dtype.itemsize
+    def loaded_size(self) -> int:
+        """Bytes of those that are loaded. The host's own count, `model_loaded_weight_memory`, is of the weights alone."""
+        loaded = self.model.model_loaded_weight_memory + self.sides.sizes(self.plans)[1] + self._hook_bytes()
+        return min(max(loaded, 0), self.model_size())
 
-    def add_patches(self, patches: dict, *args: object, **kwargs: object) -> list:
-        """As the host's; then puts merges (strength_model not 1, or "set") of biases right that lack their layer's input shift."""
-        before = {key: len(listed) for key, listed in self.patches.items()}
-        added = super().add_patches(patches, *args, **kwargs)
-        for key in {k if isinstance(k, str) else k[0] for k in added if str(k if isinstance(k, str) else k[0]).endswith(".bias")}:
-            module = self.packed.get(key.removesuffix("bias") + "weight")
-            for patch in self.patches[key][before.get(key, 0) :] if module is not None and shifts_input(module) else []:
-                kept = 0.0 if isinstance(patch[1], tuple) and patch[1][0] == "set" else patch[2]
-                if kept != 1.0:
-                    self.patches[key].append((kept - 1.0, ("diff", (shift_of(module),)), 1.0, None, shift_correction))
-        return added
+    def _hook_bytes(self) -> int:
+        """Bytes of what weight hooks have beside the layers, or keep for their next turn."""
+        kept = {id(sides): sides for _, sides in self._kept.values()}
+        return sum(map(self.sides.loaded, (kept | {id(self.sides.hooked): self.sides.hooked}).values()))
 
-    def get_key_patches(self, *args: object, **kwargs: object) -> dict[str, list]:
-        """The host's {key: [(weight, convert function), patches...]}: real numbers for whoever merges from this model, and plain biases."""
-        listed = super().get_key_patches(*args, **kwargs)
-        for key, module in self.packed.items():
-            bias_key = key.removesuffix("weight") + "bias"
-            if bias_key in listed and shifts_input(module):
-                (bias, _), *rest = listed[bias_key]
-                listed[bias_key] = [(bias, functools.partial(add_shift, module)), *(p for p in rest if p[4] is not shift_correction)]
-        return listed
+    def _used(self) -> int:
+        """Bytes that the model takes where it is loaded, whoever's patches are on it."""
+        return self.model.model_loaded_weight_memory + self.sides.nbytes()
 
     # -- loading and unloading --------------------------------------------------------------------------------------------------------
 
     def load(self, device_to: torch.device | None = None, lowvram_model_memory: float = 0, *args: object, **kwargs: object) -> None:
-        budget = lowvram_model_memory
-        if budget:  # 0 means no limit; else what is new of it is shared between weights and their branches
-            used = self.model.model_loaded_weight_memory
-            with self._hiding():
-                weights = self.model_size()
-                share = weights / max(weights + self._planned_bytes(), 1)
-            budget = max(used - self._resident_bytes() + (budget - used) * share, 0.1)
+        """As the host's. A budget (0: no limit) is shared between what is still to be loaded of the weights and what runs beside them."""
+        budget, used, limit = lowvram_model_memory, self.model.model_loaded_weight_memory, lowvram_model_memory + self.sides.nbytes()
         with self._hiding():
-            super().load(device_to, budget, *args, **kwargs)
-        self._attach()
-        self.model.model_loaded_weight_memory += self._resident_bytes()
+            weights = self.model_size()
+        if budget:
+            share = weights / (weights + self.sides.sizes(self.plans)[0])
+            budget = max(used + (budget - used) * share, 0.1)
+        with self._collecting():
+            with self._hiding():
+                super().load(device_to, budget, *args, **kwargs)
+                complete(self, device_to)
+                self._settle()
+            self.sides.exchange(self.plans, self._make)
+        if budget and self._used() > limit:  # sides are unevenly spread
+            self.partially_unload(self.offload_device, self._used() - limit)
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, *args: object, **kwargs: object) -> int:
-        """As the host's, but when only patches on packed keys differ from what is loaded, their branches are exchanged in place."""
-        loaded, attached = self.model.current_weight_patches_uuid, self._attached
+        """As the host's, but when another clone's patches are on the model, they are exchanged for this one's where they lie."""
+        used = self._used()
         force = kwargs.get("force_patch_weights", args[0] if args else False)
-        if loaded not in (None, self.patches_uuid) and not force and attached is not None and same(attached.host_state, self._host_state()):
-            self.unpatch_hooks()
-            with self._counting():
-                self._attach()
-            self.model.current_weight_patches_uuid = self.patches_uuid
-        return super().partially_load(device_to, extra_memory, *args, **kwargs)
+        loaded = self.model.current_weight_patches_uuid
+        if loaded not in (None, self.patches_uuid) and not force and self.sides.settings == self._settings():
+            self._exchange(device_to)
+            room = extra_memory - (self._used() - used)
+            if extra_memory >= 0 > room:
+                self.partially_unload(self.offload_device, -room)
+            extra_memory = room if extra_memory < 0 else max(room, 0.1)
+        super().partially_load(device_to, extra_memory, *args, **kwargs)
+        return self._used() - used
+
+    def _exchange(self, device: torch.device) -> None:
+        self.clear_cached_hook_weights()
+        try:
+            with self._collecting():
+                with self._hiding():
+                    exchange(self, self.sides.host, device)
+                    complete(self, device)
+                    self._settle()
+                self.sides.exchange(self.plans, self._make)
+        except Exception:
+            self.detach()
+            raise
+        self.model.current_weight_patches_uuid = self.patches_uuid
+
+    def _settings(self) -> tuple:
+        """What a load depends on besides patches."""
+        return fingerprint(self.weight_wrapper_patches), self.force_cast_weights
+
+    def _settle(self) -> None:
+        """Notes what the host has merged."""
+        self.sides.host, self.sides.settings = merged(self), self._settings()
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *args: object, **kwargs: object) -> int:
-        """As the host's; each layer that goes takes its branch along, and both count."""
+        """As the host's; what runs beside a layer that goes comes along, and both count."""
         self._graphs.release()
-        freed, used = 0, max(self.model.model_loaded_weight_memory, 1)
-        share = 1 - self._resident_bytes() / used
-        for asked in (memory_to_free * share, None):  # the second time for what the first left, when branches are unevenly spread
-            before = self._resident_bytes()
-            with self._hiding():
-                freed += super().partially_unload(device_to, memory_to_free - freed if asked is None else asked, *args, **kwargs)
-            released = before - self._resident_bytes()
-            self.model.model_loaded_weight_memory -= released
-            freed += released
-            if freed >= memory_to_free or not self._resident_bytes():
-                break
-        self._place()
+        freed, share = 0, self.model.model_loaded_weight_memory / max(self._used(), 1)
+        with self._keeping_some():
+            for asked in (memory_to_free * share, None):  # the second time for what the first left, when sides are unevenly spread
+                before = self.sides.nbytes()
+                with self._hiding():
+                    freed += super().partially_unload(device_to, memory_to_free - freed if asked is None else asked, *args, **kwargs)
+                freed += before - self.sides.nbytes()
+                if freed >= memory_to_free or not self.sides.nbytes():
+                    break
+        self.sides.place()
         return freed
+
+    @contextlib.contextmanager
+    def _keeping_some(self) -> Iterator[None]:
+        """Layers that are bound to stay look to the host as if they were gone."""
+        with self._hiding():
+            kept = [module for module in bound_to_stay(self).values() if is_loaded(module)]
+        for module in kept:
+            module.comfy_patched_weights = False
+        try:
+            yield
+        finally:
+            for module in kept:
+                module.comfy_patched_weights = True
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True, **kwargs: object) -> None:
         super().unpatch_model(device_to, unpatch_weights, **kwargs)
         if unpatch_weights:
-            self._set_attached(None)
+            self._kept.clear()
+            self.sides.exchange({}, self._make)
+            self.sides.host = {}
             self._graphs.release()
+
+    def eject_model(self) -> None:
+        """As the host's, which leaves the layers of a bypass LoRA with their own `forward` as an attribute, as if it were still wrapped."""
+        injected = self.is_injected
+        super().eject_model()
+        for module in self.model.modules() if injected else ():
+            forward = module.__dict__.get("forward") if isinstance(module, Leaf) else None
+            if getattr(forward, "__func__", None) is type(module).forward:
+                del module.forward
 
     def cleanup(self) -> None:
         """After a sampling."""
@@ -172,120 +202,68 @@ class TonfaPatcher(comfy.model_patcher.ModelPatcher):
     def _graphs(self) -> Graphs:
         return self.model.diffusion_model.runtime.graphs
 
-    def patch_weight_to_device(self, key: str, device_to: torch.device | None = None, *args: object, **kwargs: object) -> Tensor | None:
-        """A packed weight stays as it is. With `return_weight` (newer hosts, saving) the answer is the dense weight with its branch."""
-        if key not in self.packed:
-            return super().patch_weight_to_device(key, device_to, *args, **kwargs)
-        if kwargs.get("return_weight", args[1] if len(args) > 1 else False):
-            branch = self._attached.branches.get(key) if self._attached is not None else None
-            return merged_weight(self.packed[key], branch).to(self._compute_dtype)
-        return self.packed[key].weight
-
     # -- weight hooks -----------------------------------------------------------------------------------------------------------------
 
-    def patch_hooks(self, hooks: object) -> None:
+    def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:
         super().patch_hooks(hooks)
-        combined = self.get_combined_hook_patches(hooks) if hooks is not None else {}
-        self._attach_hooked({key: patches for key, patches in combined.items() if key in self.packed})
-
-    def patch_hook_weight_to_device(self, hooks: object, combined_patches: dict, key: str, *args: object, **kwargs: object) -> None:
-        if key not in self.packed:
-            super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
+        self.sides.hook({} if hooks is None else self._hooked(hooks))
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         super().unpatch_hooks(whitelist_keys_set)
         if not whitelist_keys_set:
-            self._attach_hooked({})
+            self.sides.hook({})
 
-    # -- branches -----------------------------------------------------------------------------------------------------------------------
+    def clear_cached_hook_weights(self) -> None:
+        self._kept.clear()
+        super().clear_cached_hook_weights()
 
-    @property
-    def _attached(self) -> Attached | None:
-        return getattr(self.model, "tonfa_attached", None)
+    def _hooked(self, hooks: comfy.hooks.HookGroup) -> Hooked:
+        """The sides of the layers that these hooks touch, from the patcher's own patches and theirs.
 
-    def _host_state(self) -> tuple:
-        """What a load depends on besides the patches on packed keys."""
-        patches = {key: tuple(listed) for key, listed in self.patches.items() if key not in self.packed}
-        wrappers = {key: tuple(listed) for key, listed in self.weight_wrapper_patches.items()}
-        return patches, wrappers, self.force_cast_weights
+        They are kept for the hooks' next turn, as the host keeps merged weights, unless it is to spare memory or there is none to spare.
+        """
+        state = self.patches_uuid, tuple(hook.strength for hook in hooks.hooks)
+        if hooks in self._kept and self._kept[hooks][0] == state:
+            return self._kept[hooks][1]
+        self._kept.pop(hooks, None)
+        own, combined = self.packed_patches, self.get_combined_hook_patches(hooks)
+        size, made = self.compute_dtype.itemsize, {}
+        with self._collecting():
+            for key in (key for key in combined if key in self.packed):
+                plan = plan_branch(self.packed[key], key, own.get(key, []) + combined[key], size)
+                made[key] = self._make(key, plan)
+        if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed and self._has_room():
+            self._kept[hooks] = state, made
+            self.cached_hook_patches.setdefault(hooks, {})  # or the host would look at every weight again
+        return made
 
-    def _attach(self) -> None:
-        """Puts the branches of this patcher's patches beside the packed weights, or leaves them where they are there already."""
-        attached = self._attached
-        if attached is None or attached.owner != self.patches_uuid:
-            self._set_attached(Attached(self.patches_uuid, self._host_state(), self._make_branches(self.packed_patches)))
-        else:
-            attached.host_state = self._host_state()
-            self._place()
+    def _has_room(self) -> bool:
+        """Whether the host would keep merged weights on the device now."""
+        manager = comfy.model_management
+        return manager.get_free_memory(self.load_device) > 2 * manager.minimum_inference_memory()
 
-    def _attach_hooked(self, patches: dict[str, list[Patch]]) -> None:
-        """The same for the keys that weight hooks touch: `patches` come on top of the patcher's own."""
-        attached = self._attached
-        if attached is None or not (patches or attached.hooked):
-            return
-        own = self.packed_patches
-        hooked = self._make_branches({key: own.get(key, []) + listed for key, listed in patches.items()})
-        with self._counting():
-            self._set_attached(Attached(attached.owner, attached.host_state, attached.own, hooked))
+    # -- making and telling --------------------------------------------------------------------------------------------------------------
 
-    def _make_branches(self, patches: dict[str, list[Patch]]) -> dict[str, Branch]:
-        branches, refused = {}, []
-        for key, listed in patches.items():
-            try:
-                branch = make_branch(self.packed[key], key, listed, self.load_device, self._compute_dtype)
-            except PatchError as error:
-                refused.append(str(error))
-                continue
-            if branch is not None:
-                branches[key] = branch
-        if refused:
-            more = f"; and {len(refused) - MOST_NAMED} more" if len(refused) > MOST_NAMED else ""
-            log.warning("%d patch(es) could not be applied to this 4-bit model: %s%s", len(refused), "; ".join(refused[:MOST_NAMED]), more)
-        return branches
+    def _make(self, key: str, plan: Plan) -> Side | None:
+        side, refused = make_branch(self.packed[key], key, plan, self.load_device, self.compute_dtype)
+        self._tell(refused)
+        return side
 
-    def _set_attached(self, attached: Attached | None) -> None:
-        old = self._attached
-        self.model.tonfa_attached = attached
-        for key in old.branches if old is not None else ():
-            self.packed[key].set_side()
-        self._place()
-
-    def _place(self) -> None:
-        """Each branch lies where its layer's weight lies."""
-        attached = self._attached
-        for kind in (attached.own, attached.hooked) if attached is not None else ():
-            for key, branch in kind.items():
-                kind[key] = branch.to(self.packed[key].weight.device)
-        for key, branch in attached.branches.items() if attached is not None else ():
-            self.packed[key].set_side(branch.down, branch.up, branch.delta)
-
-    def _resident_bytes(self) -> int:
-        """Bytes of the branches whose layers the host counts as loaded."""
-        branches = self._attached.branches if self._attached is not None else {}
-        return sum(b.nbytes() for key, b in branches.items() if getattr(self.packed[key], "comfy_patched_weights", False) is True)
+    def _tell(self, refused: list[str]) -> None:
+        """One log line of what could not be applied and is new, when whatever is under way is done."""
+        with self._collecting():
+            self._refused += refused
 
     @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
-        """Lets the loaded size follow what happens to the branches inside."""
-        before = self._resident_bytes()
-        yield
-        self.model.model_loaded_weight_memory += self._resident_bytes() - before
-
-
-def shift_correction(weight: Tensor) -> Tensor:
-    """Identity; as a patch's function it marks what add_patches added for a shifted bias."""
-    return weight
-
-
-def add_shift(module: PackedLinear, bias: Tensor, **_: object) -> Tensor:
-    """The plain layer's bias from a shifted layer's stored one; as the host's convert function it costs only whoever asks."""
-    return bias.float() + shift_of(module).to(bias.device)
-
-
-def same(a: object, b: object) -> bool:
-    """Equality of nested dicts and tuples; all but numbers and strings in them by identity, since tensors have no truth value."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a is b or (isinstance(a, int | float | str) and isinstance(b, int | float | str) and a == b)
+    def _collecting(self) -> Iterator[None]:
+        if self._refused is not None:  # within another one
+            yield
+            return
+        self._refused = []
+        try:
+            yield
+        finally:
+            refused, self._refused = [sentence for sentence in self._refused if sentence not in self._told], None
+            self._told.update(refused)
+            if refused:
+                log.warning("%d patch(es) could not be applied to this 4-bit model: %s", len(refused), named(refused))

@@ -22,9 +22,8 @@ import torch
 from ...kernels.targets import resolve_compute, triton_reason
 from ...models.flux import build_blocks
 from ...models.formats.checkpoint import FluxCheckpoint, open_checkpoint
-from ...models.linear import PackedLinear
 from ...models.warmup import warm_up
-from .branches import merged_weight
+from .merging import dense_for_saving
 from .ops import host_runtime
 from .patcher import TonfaPatcher
 
@@ -101,15 +100,7 @@ class TonfaModel(comfy.model_base.Flux):
 
     def state_dict_for_saving(self, *args: object, **kwargs: object) -> dict:
         saved = super().state_dict_for_saving(*args, **kwargs)
-        attached = getattr(self, "tonfa_attached", None)
-        branches = {} if attached is None else attached.branches
-        for name, module in self.diffusion_model.named_modules():
-            key = f"model.diffusion_model.{name}"
-            if isinstance(module, PackedLinear) and key + ".weight" in saved:
-                saved[key + ".weight"] = merged_weight(module, branches.get(f"diffusion_model.{name}.weight")).to("cpu", self.get_dtype())
-                if key + ".bias" in saved:
-                    saved[key + ".bias"] = module.dense()[1].to("cpu", self.get_dtype())
-        return saved
+        return dense_for_saving(self, saved, "model.diffusion_model.", self.get_dtype())
 
 
 def outside_blocks(checkpoint: FluxCheckpoint) -> dict[str, torch.Tensor]:

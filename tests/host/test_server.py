@@ -16,10 +16,13 @@ from pathlib import Path
 
 import pytest
 import tonfa
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tonfa.models.comfyui import find_comfyui
 
-from .lab import DATA, loaded, sample, snr, twin
+from . import graphs
+from .lab import DATA, loaded, made, sample, snr, twin
+from .test_lora_nodes import SDXL, by, generated
 
 PACK = Path(tonfa.__file__).parent
 SHIM = Path(__file__).resolve().parent / "shim"  # its sitecustomize.py lets torchvision be imported beside a CPU torch
@@ -54,6 +57,7 @@ class Server:
             (self.base / folder).mkdir(parents=True)
         (self.base / "custom_nodes" / "ComfyUI-Tonfa").symlink_to(PACK, target_is_directory=True)
         (self.base / "custom_nodes" / "test_nodes.py").write_text(CONDITIONING_NODE)
+        (self.base / "custom_nodes" / "zz_stand_ins.py").write_text(graphs.NODES)
         shutil.copy(MODEL, self.base / "models" / "diffusion_models" / "svdq-int4_r32-flux.1-mini.safetensors")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -172,10 +176,34 @@ def test_the_old_key_is_there_and_not_in_the_menu(server):
     assert info["input"] == server.get("/object_info/NunchakuFluxDiTLoader")["NunchakuFluxDiTLoader"]["input"]
 
 
+def test_object_info_of_the_lora_nodes(server):
+    def info(key: str) -> dict:
+        return server.get(f"/object_info/{key}")[key]
+
+    def strength(entry: list) -> tuple:
+        return (entry[0], *(entry[1].get(name) for name in ("default", "min", "max", "step")))
+
+    loader, stack = info("NunchakuFluxLoraLoader"), info("NunchakuFluxLoraStack")
+    assert loader["input_order"] == {"required": ["model", "lora_name", "lora_strength"]}
+    assert stack["input_order"]["required"] == ["model"]
+    assert stack["input_order"]["optional"] == [f"lora_{what}_{i}" for i in range(1, 16) for what in ("name", "strength")]
+    assert strength(loader["input"]["required"]["lora_strength"]) == ("FLOAT", 1.0, -100.0, 100.0, 0.01)
+    for i in range(1, 16):
+        assert strength(stack["input"]["optional"][f"lora_strength_{i}"]) == ("FLOAT", 1.0, -100.0, 100.0, 0.01)
+        assert stack["input"]["optional"][f"lora_name_{i}"][0][0] == "None"
+    for node, name in ((loader, "Nunchaku FLUX LoRA Loader"), (stack, "Nunchaku FLUX LoRA Stack")):
+        assert (node["display_name"], node["category"], node["output"], node["output_name"]) == (name, "Nunchaku", ["MODEL"], ["MODEL"])
+        assert not node.get("deprecated") and not node["output_node"]
+    old = info("SVDQuantFluxLoraLoader")
+    assert old["deprecated"] is True and old["input"] == loader["input"]
+
+
 def test_help_translations_and_example_are_served(server):
     assert b"`compute`" in server.request("/extensions/ComfyUI-Tonfa/docs/NunchakuFluxDiTLoader.md")
     assert server.get("/i18n")["zh"]["nodeDefs"]["NunchakuFluxDiTLoader"]["inputs"]["compute"]["name"]
     assert b"NunchakuFluxDiTLoader" in server.request("/extensions/ComfyUI-Tonfa/docs/SVDQuantFluxDiTLoader.md")
+    assert b"stay" in server.request("/extensions/ComfyUI-Tonfa/docs/NunchakuFluxLoraStack.md")
+    assert server.get("/i18n")["ko"]["nodeDefs"]["NunchakuFluxLoraStack"]["inputs"]["lora_strength_15"]["name"]
     assert server.get("/workflow_templates")["ComfyUI-Tonfa"] == ["tonfa-flux.1-dev"]
     assert server.request("/api/workflow_templates/ComfyUI-Tonfa/tonfa-flux.1-dev.jpg").startswith(b"\xff\xd8")
 
@@ -222,3 +250,97 @@ def test_the_pack_imports_quietly_and_quickly(server):
     assert "IMPORT FAILED" not in log
     (line,) = [line for line in log.splitlines() if line.rstrip().endswith(os.path.join("custom_nodes", "ComfyUI-Tonfa"))]
     assert float(line.split("seconds")[0].split()[-1]) < 1.0
+
+
+# -- LoRA ---------------------------------------------------------------------------------------------------------------------------
+
+
+def with_loras(prefix: str, *nodes: dict) -> dict:
+    """`graph` with LoRA nodes between the loader and the sampler."""
+    posted = graph("svdq-int4_r32-flux.1-mini.safetensors", prefix)
+    last = ["1", 0]
+    for i, node in enumerate(nodes):
+        posted[f"lora{i}"] = {**node, "inputs": {**node["inputs"], "model": last}}
+        last = [f"lora{i}", 0]
+    posted["4"]["inputs"]["model"] = last
+    return posted
+
+
+def test_every_lora_node_on_a_format_that_comfyui_does_not_read(server, base):
+    """Our loader, under a name of another machine and with text for a strength; our stack; ComfyUI's own node, taught by the loader."""
+    tensors = generated.lora_file("xlabs", generated.Flux(depth=1, depth_single=1)).tensors
+    for root in (server.base, Path(base)):
+        (root / "models" / "loras").mkdir(exist_ok=True)
+        save_file(tensors, root / "models" / "loras" / "served.safetensors")
+    posted = with_loras(
+        "loras",
+        {"class_type": "SVDQuantFluxLoraLoader", "inputs": {"lora_name": "old\\Served.safetensors", "lora_strength": "0.5"}},
+        {"class_type": "NunchakuFluxLoraStack", "inputs": {"lora_name_1": "None", "lora_name_3": "served.pt", "lora_strength_3": 0.3}},
+        {"class_type": "NunchakuFluxLoraStack", "inputs": {"lora_name_1": "gone", "lora_strength_1": 1e-6}},
+        {"class_type": "LoraLoaderModelOnly", "inputs": {"lora_name": "served.safetensors", "strength_model": -0.1}},
+    )
+    got = latent(server, "loras", server.run(posted))
+    assert snr(got, sample(by("ours", twin(MODEL), "served.safetensors", 0.7), steps=8)) > 50
+    assert snr(got, sample(twin(MODEL), steps=8)) < 30
+    log = server.said()
+    assert "lora key not loaded" not in log and log.count("LoRA served.safetensors (xlabs): 4 patches.") == 2
+
+
+def test_a_foreign_lora_is_an_error_at_the_node(server):
+    (server.base / "models" / "loras").mkdir(exist_ok=True)
+    save_file(SDXL, server.base / "models" / "loras" / "foreign.safetensors")
+    node = {"class_type": "NunchakuFluxLoraLoader", "inputs": {"lora_name": "foreign.safetensors", "lora_strength": 1.0}}
+    kind, said = server.run(with_loras("foreign", node))["status"]["messages"][-1]
+    assert kind == "execution_error" and said["node_type"] == "NunchakuFluxLoraLoader"
+    assert "foreign.safetensors is for SDXL, not for FLUX.1" in said["exception_message"]
+
+
+# -- ComfyUI-nunchaku's example graphs with LoRA ------------------------------------------------------------------------------------
+
+LORA_GRAPHS = {  # graph -> the LoRA files that it names, and the format of what stands in for each
+    "canny-lora": {"canny.safetensors": "control"},
+    "depth-lora": {"depth.safetensors": "control"},
+    "dev": {"flux1-turbo.safetensors": "diffusers", "diffusers-ghibsky.safetensors": "diffusers"},
+    "kontext-dev-turbo_lora": {"flux.1-turbo-alpha.safetensors": "kohya"},
+    "fill-removalV2": {"removalV2.safetensors": "kohya"},
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(server):
+    """Small files under the names of the graphs' models, LoRAs, VAE and pictures."""
+    models = server.base / "models"
+    for name in ("dev", "kontext-dev"):
+        shutil.copy(MODEL, models / "diffusion_models" / f"svdq-int4_r32-flux.1-{name}.safetensors")
+    shutil.copy(made("nvfp4", in_channels=96), models / "diffusion_models" / "svdq-fp4_r32-flux.1-fill-dev.safetensors")
+    (models / "loras").mkdir(exist_ok=True)
+    for seed, (name, kind) in enumerate(pair for files in LORA_GRAPHS.values() for pair in files.items()):
+        save_file(
+            generated.lora_file(kind, generated.Flux(depth=1, depth_single=1, head_dim=16), seed=seed).tensors, models / "loras" / name
+        )
+    graphs.put_stand_ins(server.base)
+
+
+def picture(server: Server, posted: dict) -> bytes:
+    """The picture that a graph saves."""
+    entry = server.run(posted)
+    kind, said = entry["status"]["messages"][-1]
+    assert kind == "execution_success", said.get("exception_message")
+    (saved,) = [key for key, node in posted.items() if node["class_type"] == "SaveImage"]
+    (image,) = entry["outputs"][saved]["images"]
+    with Image.open(server.base / "output" / image["subfolder"] / image["filename"]) as shown:  # beside the graph, which the file holds too
+        return shown.tobytes()
+
+
+@pytest.mark.parametrize("name", LORA_GRAPHS)
+@pytest.mark.skipif(not graphs.FOLDER.is_dir(), reason=graphs.WHY_NOT)
+def test_example_graphs_with_lora(server, stand_ins, name):
+    """Each as the browser would post it, on stand-ins; and every LoRA in it changes the picture."""
+    posted = graphs.smaller(graphs.for_the_server(graphs.read_graph(f"nunchaku-flux.1-{name}"), server.get("/object_info")))
+    loaders = [node["inputs"] for node in posted.values() if node["class_type"] == "NunchakuFluxLoraLoader"]
+    assert {inputs["lora_name"] for inputs in loaders} == set(LORA_GRAPHS[name])
+    wanted = picture(server, posted)
+    for inputs in loaders:
+        strength, inputs["lora_strength"] = inputs["lora_strength"], 0.0
+        assert picture(server, posted) != wanted
+        inputs["lora_strength"] = strength

@@ -50,6 +50,7 @@ class Variant:
     warps: int
     stages: int
     instructions: tuple[str, ...]
+    registers: int | None = None
 
 
 def gpu_target(target: Target) -> GPUTarget:
@@ -66,7 +67,10 @@ def compile_variant(variant: Variant, target: Target):
     unknown = {n for n, t in signature.items() if t in ("constexpr", "fp32")} | set(variant.fn.do_not_specialize)
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in unknown}
     source = ASTSource(variant.fn, signature, constants, attrs)
-    return triton.compile(source, target=gpu_target(target), options={"num_warps": variant.warps, "num_stages": variant.stages})
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    if variant.registers:
+        options["maxnreg"] = variant.registers
+    return triton.compile(source, target=gpu_target(target), options=options)
 
 
 def instruction(target: Target, operands: str) -> str:
@@ -99,21 +103,25 @@ def quantize_variant(
     batches=1,
     pair="bf16",
     lowrank="*fp32",
+    extra=0,
 ) -> Variant:
-    """lowrank: type of the result, which one piece writes itself."""
+    """lowrank: type of the result, which one piece writes itself. extra: ranks of further columns."""
     tile = quantize_tile(target, dtype, rows, k, kind in ("int", "half"))
     block = quantize.rank_block(ranks, tile)
+    extra_block = quantize.rank_block(extra, tile, block)
     wide = {"plain": plain_dtype(dtype), "nvfp4": plain_dtype(dtype), "half": torch.float16}
     codes = wide.get(kind, torch.uint8 if byte_codes else torch.int8)
     types = dict.fromkeys(quantize._quantize.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
     types |= dict.fromkeys(("smooth", "row_amax", "scales", "moments"), "*fp32") | {"codes": POINTERS[codes], "down": f"*{pair}"}
+    types["extra"] = types["down"]
     types["products"] = lowrank if tile.pieces == 1 else "*fp32"
     if target.copy_engine:
         types["x"] = f"tensordesc<{POINTERS[dtype][1:]}[{tile.bm}, {tile.bk}]>"
         types["down"] = f"tensordesc<{pair}[{tile.bk}, {block}]>" if ranks else types["x"]
+        types["extra"] = f"tensordesc<{pair}[{tile.bk}, {extra_block}]>" if extra else types["x"]
     constants = {
         "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": batches == 1,
-        "RB": block, "BM": tile.bm, "BK": tile.bk, "STAGES": tile.stages, "COPY_ENGINE": target.copy_engine,
+        "RB": block, "XB": extra_block, "BM": tile.bm, "BK": tile.bk, "STAGES": tile.stages, "COPY_ENGINE": target.copy_engine,
         "PTX": rounding.has_pairs(target), "EMULATE": False,
     }  # fmt: skip
     narrow = tile.bm < 64 and target.name.startswith("sm_")  # too few rows for the newer instructions
@@ -142,28 +150,29 @@ def add_variant(target, lowrank) -> Variant:
 SWITCHES = ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")
 
 
-def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, segments=1, **flags) -> Variant:
+def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, extra=0, **flags) -> Variant:
     kernel_kind, e4m3, fold = matmul.variant_of(kind, code_form)
     tile = matmul_tile(target, kernel_kind, rows)
     codes = plain_dtype(dtype) if kind == "plain" else torch.uint8 if code_form == "e4m3" else torch.int8
     types = dict.fromkeys(matmul._w4_matmul.arg_names, "i32") | {"x": POINTERS[codes]}
-    types |= dict.fromkeys(("x_scales", "lowrank", "channel_scale", "shift_bias"), "*fp32")
-    types |= {"codes": "*u8", "scales": "*u8" if kind == "plain" else "*bf16", "up": "*bf16"}
+    types |= dict.fromkeys(("x_scales", "lowrank", "extra", "channel_scale", "shift_bias"), "*fp32")
+    types |= {"codes": "*u8", "scales": "*u8" if kind == "plain" else "*bf16", "up": "*bf16", "extra_up": POINTERS[dtype]}
     types |= dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
     constants = {
         "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": matmul.rank_step(rank, 32),
-        "SEGMENTS": segments, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": matmul.GROUP_M,
+        "XB": matmul.rank_step(extra, 32), "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": matmul.GROUP_M,
         "PTX": target.name.startswith("sm_"), "EMULATE": False, **{n: bool(flags.get(n)) for n in SWITCHES},
     }  # fmt: skip
     wanted = instruction(target, "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "bf16")
     return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, (wanted,))
 
 
-def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1, peak=0, **flags) -> list[Variant]:
+def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, extra=0, peak=0, **flags) -> list[Variant]:
     """The product of kind "row", "half" or "plain" with 3072 outputs, in the tiles of every band."""
     tf32 = not (kind == "row" and dtype == torch.bfloat16 and pair == "bf16")
     step = matmul.rank_step(rank, wide.RANKS_A_STEP)
-    early = rank == step and not (kind == "row" and tf32)
+    extra_step = matmul.rank_step(extra, wide.RANKS_A_STEP)
+    early, extra_early = wide.hold_early(kind, tf32, bool(flags.get("GATE")), rank, extra)
     element, operands = {"row": ("fp8e4nv", "e4m3"), "half": ("fp16", "fp16"), "plain": ("bf16", "bf16")}[kind]
     kernel = wide._w4_matmul_wide
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
@@ -174,17 +183,21 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, segments=1
     def band(tile: Tile) -> Variant:
         sources = {"w_from": (element, tile.bn, tile.bk), "x_from": (element, tile.bm, tile.bk)}
         sources |= {"up": (pair, tile.bn, step), "lowrank": ("fp32" if tf32 else "bf16", tile.bm, step)}
+        sources |= {"extra_up": (pair, tile.bn, extra_step), "extra": ("fp32" if tf32 else "bf16", tile.bm, extra_step)}
+        plain = (("up", "lowrank") if early else ()) + (("extra_up", "extra") if extra_early or not extra else ())
         for argument, (stored, rows, cols) in sources.items():
-            pointer = early and argument in ("up", "lowrank") or not target.copy_engine
+            pointer = argument in plain or not target.copy_engine
             sources[argument] = f"*{stored}" if pointer else f"tensordesc<{stored}[{rows}, {cols}]>"
         constants = {
-            "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "EARLY": early, "TF32": tf32, "SEGMENTS": segments,
+            "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "EARLY": early, "TF32": tf32,
+            "XB": extra_step, "EXTRA_EARLY": extra_early,
             "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": wide.GROUP_M[kind], "PIECES": tile.pieces,
             "PEAK": peak, "BLOCK": BLOCK, "PTX": rounding.has_pairs(target), "COPY_ENGINE": target.copy_engine, "EMULATE": False,
             **{n: bool(flags.get(n)) for n in SWITCHES},
         }  # fmt: skip
         label = f"w4_matmul_wide {name}, {tile.bm} rows"
-        return Variant(label, kernel, types | sources, constants, tile.warps, tile.stages, wanted)
+        registers = wide.most_registers(target, kind, extra)
+        return Variant(label, kernel, types | sources, constants, tile.warps, tile.stages, wanted, registers)
 
     return [band(tile) for _, _, tile in wide_bands(replace(target, multiprocessors=132), kind, 4608, 3072)]
 
@@ -199,12 +212,20 @@ def expand_variant(form: str, target: Target, scales: str, k: int) -> Variant:
     return Variant(f"expand_weight {form}, K {k}", expand._expand_weight, types, constants, 4, 3, ())
 
 
-def linear_variant(target, dtype, rows) -> Variant:
+def linear_variant(target, dtype, rows, extra=0) -> Variant:
     tile = linear_tile(target, rows)
     types = dict.fromkeys(linear._w4a16_linear.arg_names, "i32") | {"x": POINTERS[dtype], "out": POINTERS[dtype]}
-    types |= {"codes": "*u8", "scales": "*bf16", "zeros": "*bf16", "bias": "*fp32"}
-    constants = {"x_col": 1, "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "S": tile.bk // 128, "EMULATE": False}
-    return Variant(f"w4a16_linear M={rows}", linear._w4a16_linear, types, constants, tile.warps, tile.stages, ())
+    types |= {"codes": "*u8", "scales": "*bf16", "zeros": "*bf16", "bias": "*fp32", "h": "*fp32", "up": POINTERS[dtype]}
+    constants = {"x_col": 1, "XB": matmul.rank_step(extra, 32), "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "S": tile.bk // 128}
+    constants["EMULATE"] = False
+    name = f"w4a16_linear M={rows}" + (f", lora {extra}" if extra else "")
+    return Variant(name, linear._w4a16_linear, types, constants, tile.warps, tile.stages, ())
+
+
+def down_variant(dtype) -> Variant:
+    """The low-rank product beside w4a16_linear."""
+    types = dict.fromkeys(linear._down.arg_names, "i32") | {"x": POINTERS[dtype], "down": POINTERS[dtype], "h": "*fp32"}
+    return Variant("w4a16_linear down", linear._down, types, {"x_col": 1, "BK": 1024, "RB": 16}, 8, 3, ())
 
 
 def norm_variants(target: Target, dtype) -> list[Variant]:
@@ -222,7 +243,7 @@ def dotless_variants(dtype, target: Target) -> list[Variant]:
     types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32", "qkv": POINTERS[dtype]}
     types |= dict.fromkeys(("query_scale", "key_scale", "pe"), "*fp32")
     constants = {"HEADS": 24, "BLOCK_H": 32, "D": 128, "ROPE": True, "EMULATE": False}
-    linears = [linear_variant(target, dtype, rows) for rows in (1, 2, 4)]
+    linears = [*(linear_variant(target, dtype, rows) for rows in (1, 2, 4)), linear_variant(target, dtype, 1, 48), down_variant(dtype)]
     return [*linears, Variant("qk_norm_rope", kernel, types, constants, 4, 3, ())]
 
 
@@ -244,10 +265,18 @@ def e4m3_variants(target: Target) -> list[Variant]:
         add_variant(target, "*bf16"),
         matmul_variant("exact, 200 rows", target, bf16, "int4", "e4m3", 200),
         matmul_variant("exact, 1 row, gelu", target, bf16, "int4", "e4m3", 1, GELU=True),
-        *wide_variants("fast, gelu, peak", target, bf16, "row", segments=2, peak=1, GELU=True),
+        *wide_variants("fast, gelu, peak", target, bf16, "row", peak=1, GELU=True),
         *wide_variants("fast, shift, gate", target, bf16, "row", HAS_SHIFT=True, **endings),
+        *wide_variants("fast, lora 32", target, bf16, "row", extra=32),
+        *wide_variants("fast, gelu, peak, lora 64", target, bf16, "row", peak=1, GELU=True, extra=64),
+        *wide_variants("fast, shift, gate, lora 32", target, bf16, "row", HAS_SHIFT=True, extra=32, **endings),
+        *wide_variants("exact, gate, lora 32", target, bf16, "half", extra=32, **endings),
+        quantize_variant("fast, norm, lora 4 x 32", target, bf16, "e4m3", 0, True, norm=True, ranks=64, extra=128),
+        quantize_variant("exact wide, norm, rank 128, lora 64", target, bf16, "half", 7, True, norm=True, ranks=128, extra=64),
+        quantize_variant("fast, K 12288, fp16, lora 32", target, fp16, "e4m3", 0, True, norm=False, k=12288, pair="fp16", extra=32),
+        matmul_variant("exact, 200 rows, lora 16", target, bf16, "int4", "e4m3", 200, extra=16),
         *wide_variants("fast, fp16", target, fp16, "row", pair="fp16", HAS_SHIFT=True, **endings),
-        *wide_variants("exact, gelu, peak", target, bf16, "half", segments=2, peak=2, GELU=True),
+        *wide_variants("exact, gelu, peak", target, bf16, "half", peak=2, GELU=True),
         *wide_variants("exact, fp16, gate", target, fp16, "half", pair="fp16", **endings),
         expand_variant("e4m3", target, "*bf16", 3072),
         expand_variant("half", target, "*bf16", 3072),
@@ -265,7 +294,9 @@ def int8_variants(target: Target) -> list[Variant]:
         quantize_variant("fast, norm, fp16", target, fp16, "int", 127, False, norm=True),
         matmul_variant("exact", target, bf16, "int4", "int8", 4608),
         matmul_variant("exact, 1 row, gelu", target, bf16, "int4", "int8", 1, GELU=True),
-        matmul_variant("fast, two segments, gelu", target, bf16, "int8", "int8", 4608, segments=2, GELU=True),
+        matmul_variant("fast, lora 32", target, bf16, "int8", "int8", 4608, extra=32),
+        quantize_variant("fast, norm, lora 4 x 32", target, bf16, "int", 127, False, norm=True, ranks=64, extra=128),
+        matmul_variant("fast, two segments, gelu", target, bf16, "int8", "int8", 4608, GELU=True),
         matmul_variant("fast, gate", target, fp16, "int8", "int8", 4608, HAS_SHIFT=True, GATE=True, ACCUMULATE=True),
     ]
 
@@ -282,7 +313,7 @@ def nvfp4_variants(target: Target) -> list[Variant]:
     ]
     if nvidia:
         found += wide_variants("nvfp4, gate", target, bf16, "plain", rank=128, **endings)
-        found += wide_variants("nvfp4, gelu", target, fp16, "plain", rank=128, segments=2, HAS_CHANNEL=True, GELU=True)
+        found += wide_variants("nvfp4, gelu", target, fp16, "plain", rank=128, HAS_CHANNEL=True, GELU=True)
         found.append(expand_variant("plain", target, "*u8", 3072))
     return found
 

@@ -22,6 +22,7 @@ KERNEL_MODULES = (
     "expand_weight_triton",
     "w4_matmul_wide",
     "w4a16_linear_triton",
+    "t5_linear_triton",
     "probe_triton",
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tonfa.kernels.layout import LogicalLinear, PartView, pack, plan, views
+from tonfa.kernels.layout import Columns, LogicalLinear, PartView, pack, plan, views
 
 
 def random_layer(
@@ -52,3 +52,13 @@ def random_layer(
 def packed_view(layer: LogicalLinear, code_form: str = "e4m3") -> PartView:
     spec = plan(layer.n, layer.k, [(layer, 0, 0)], code_form)
     return views(spec, pack(spec, [layer]))[0]
+
+
+def with_columns(view: PartView, rank: int, segments: tuple[int, ...], dtype: torch.dtype) -> PartView:
+    """The view with random further columns of its low-rank branch."""
+    g, spec = torch.Generator().manual_seed(5), view.spec
+    down, up = torch.zeros(spec.k_padded, len(segments) * rank), torch.zeros(spec.n_padded, rank)
+    down[: spec.k] = torch.randn(spec.k, len(segments) * rank, generator=g) * spec.k**-0.5
+    up[: spec.n] = torch.randn(spec.n, rank, generator=g)
+    view.extra = Columns(down.to(dtype), up.to(dtype), segments)
+    return view

@@ -19,7 +19,7 @@ from tonfa.kernels.tiles import Tile, wide_bands
 from tonfa.kernels.w4_matmul import Finish, Peak, quantize_for, takes_wide, w4_matmul
 from tonfa.kernels.w4_matmul_torch import dequantized_input, dequantized_weight, w4_matmul_torch
 
-from .make_layers import packed_view, random_layer
+from .make_layers import packed_view, random_layer, with_columns
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DATA = Path(__file__).parents[1] / "data"
@@ -167,6 +167,38 @@ def test_kernel_ranks_and_segments(interpreter, rank, kind, mode):
         compare(q, view, layer.bias, poisoned(5, 512))
 
 
+@pytest.mark.parametrize("rank, extra, segments", [(16, 16, (0,)), (32, 48, (0, 128)), (0, 32, (0, 128, 256)), (48, 160, (0, 256))])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("kind, mode", [("int8", "exact"), ("e4m3", "exact"), ("e4m3", "fast"), ("half", "exact"), ("nvfp4", "fast")])
+def test_further_columns(interpreter, kind, mode, dtype, rank, extra, segments):
+    """Through both ops: kernel against oracle, and the oracle's difference against the product of the columns in fp64."""
+    torch.manual_seed(0)
+    layer, view = layer_and_view(kind, 384, 192, rank, (0, 128), BF16)
+    x, wide = torch.randn(17, 192).to(dtype), "half" in kind
+    bare = w4_matmul_torch(smooth_quantize_torch(x, view, mode, wide=wide), view, None, torch.empty(17, 384, dtype=dtype))
+    with_columns(view, extra, segments, dtype)
+    q = smooth_quantize(x, view, mode, wide=wide)
+    out = compare(q, view, layer.bias, poisoned(17, 384, dtype=dtype))
+    oracle = smooth_quantize_torch(x, view, mode, wide=wide)
+    limit = 1e-5 if oracle.extra.dtype == FP32 and dtype != FP16 else 3e-3
+    assert q.extra.dtype == oracle.extra.dtype and relative(q.extra, oracle.extra) < limit
+    if dtype == FP32:
+        ends = (*segments[1:], 384)
+        downs = view.extra.down.double().split(extra, 1)
+        parts = zip(downs, segments, ends, strict=True)
+        want = torch.cat([x.double() @ down[:192] @ view.extra.up[a:b].double().t() for down, a, b in parts], 1)
+        plain = w4_matmul_torch(oracle, view, None, torch.empty(17, 384))
+        assert relative(plain - bare, want) < 1e-4
+        assert relative(out, plain + layer.bias.float()) < 1e-4
+
+
+def test_columns_that_do_not_fit_are_refused():
+    view = with_columns(layer_and_view("e4m3", 200, 192, 16, (0,))[1], 16, (0,), BF16)
+    view.extra = dataclasses.replace(view.extra, segments=(0, 128))
+    with pytest.raises(ValueError, match=r"further columns are \[256, 16\] and \[256, 16\] in 2 segments"):
+        smooth_quantize(torch.randn(3, 192), view, "fast")
+
+
 @pytest.mark.parametrize("dtype, pair, lowrank", [(BF16, BF16, BF16), (FP16, BF16, FP32), (BF16, FP16, FP32), (FP32, BF16, FP32)])
 def test_wide_kernel_low_rank_types(interpreter, dtype, pair, lowrank):
     """Without a bias, and with a low-rank branch ten times the rest, so that nothing hides an error of it."""
@@ -200,6 +232,10 @@ def test_wide_kernel_through_tensor_descriptors(wide, monkeypatch, kind, mode, d
     found = compare(q, view, layer.bias, poisoned(rows, 384, dtype=dtype))
     assert len(made) == 4 and made[2] is view.up and made[3] is q.lowrank
     assert torch.equal(found, without)
+    made.clear()
+    q = smooth_quantize_torch(torch.randn(rows, 192).to(dtype), with_columns(view, 48, (0, 256), dtype), mode, wide="half" in kind)
+    compare(q, view, layer.bias, poisoned(rows, 384, dtype=dtype))
+    assert len(made) == 6 and made[4] is view.extra.up and made[5] is q.extra
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

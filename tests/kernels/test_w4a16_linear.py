@@ -11,7 +11,7 @@ from tonfa.kernels.layout import LogicalLinear, dense_weight
 from tonfa.kernels.w4a16_linear import w4a16_linear
 from tonfa.kernels.w4a16_linear_torch import w4a16_linear_torch
 
-from .make_layers import packed_view, random_layer
+from .make_layers import packed_view, random_layer, with_columns
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -47,6 +47,20 @@ def test_kernel_oracle_and_formula_agree(interpreter, rows, dtype):
     assert relative(want, formula) < limit and relative(got, formula) < limit
     assert (got == want).double().mean() > (0.95 if dtype != torch.float32 else 0)
     assert relative(w4a16_linear(x, view, None), formula - layer.bias.double()) < 2 * limit
+
+
+@pytest.mark.parametrize("rank, segments", [(16, (0,)), (48, (0, 128))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_further_columns(interpreter, rank, segments, dtype):
+    torch.manual_seed(0)
+    view, x = packed_view(random_layer("w4a16", 200, 1088)), torch.randn(3, 1088).to(dtype)
+    bare = w4a16_linear_torch(x.float(), view, None)
+    extra = with_columns(view, rank, segments, dtype).extra
+    downs, ends = extra.down.double().split(rank, 1), (*segments[1:], 200)
+    parts = [x.double() @ down[:1088] @ extra.up[a:b].double().t() for down, a, b in zip(downs, segments, ends, strict=True)]
+    got, oracle = w4a16_linear(x, view, None), w4a16_linear_torch(x, view, None)
+    for y in (got, oracle):
+        assert relative(y.float() - bare, torch.cat(parts, 1)) < (1e-5 if dtype == torch.float32 else 4e-3)
 
 
 def test_kernel_strided_input(interpreter):

@@ -116,7 +116,7 @@ def test_refuses_a_folder_that_is_not_there(tmp_path):
 def test_refuses_a_full_disk(tmp_path, monkeypatch):
     need = sum(t.numel() * 2 for _, t in dq.dense_state_dict(open_checkpoint(MINI)))
     usage = SimpleNamespace(free=need - 1)
-    monkeypatch.setattr(dq.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     refused_before_writing(MINI, tmp_path / "out.safetensors", "needs .* GB, but its disk has .* GB free")
     usage.free = need
     dq.dequantize(MINI, tmp_path / "out.safetensors")

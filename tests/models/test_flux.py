@@ -9,6 +9,7 @@ from tonfa.models import linear
 from tonfa.models.flux import Flux, Mod, gated, modulated
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.linear import PackedLinear, PlainLinear
+from tonfa.models.lora import make_side
 
 DATA = Path(__file__).parent.parent / "data"
 FILES = ["mini_flux_int4", "mini_flux_int4_hd128", "mini_flux_nvfp4"]
@@ -249,7 +250,8 @@ def test_row_maxima_that_one_linear_leaves_for_the_next(compute, monkeypatch):
         text, image = a["txt"].shape[1] * 2, a["img"].shape[1] * 2
         assert asked == [text + image, image, text]
         assert sum(amax is not None and bool((amax > 0).all()) for amax in taken) == 3
-        model.double_blocks[0].img_mlp[2].set_side(delta=torch.zeros(128, 512))
+        leaf = model.double_blocks[0].img_mlp[2]
+        leaf.set_side(make_side(leaf.spec, [], torch.zeros(128, 512), torch.device("cpu"), torch.float32))
         asked.clear()
         assert all(torch.equal(x, y) for x, y in zip(run(), without, strict=True))
-        assert len(asked) == 2, "a linear with a side branch is told nothing: its input is looked at before it is quantised"
+        assert len(asked) == 2, "a linear with a dense delta is told nothing: its input is looked at before it is quantised"

@@ -15,6 +15,7 @@ import torch
 from tonfa.models import graphs as module
 from tonfa.models.flux import addresses, recorded
 from tonfa.models.graphs import Graphs, Recorded
+from tonfa.models.lora import make_side
 
 from .test_flux import FILES, load
 
@@ -101,16 +102,20 @@ def test_release_forgets_everything_and_copies_start_empty(graphs):
     assert not graphs._recorded and not graphs._arena
 
 
-def test_a_side_branch_or_a_weight_elsewhere_is_not_recorded():
+def test_a_recording_knows_its_side_and_a_weight_elsewhere_or_a_wrapped_forward_is_not_recorded():
     block = load(FILES[0]).double_blocks[0]
     cpu = torch.device("cpu")
     found = addresses(block, cpu)
     assert found is not None and len(found) > 10 and found == addresses(block, cpu)
     linear = block.img_attn.qkv
-    linear.set_side(delta=torch.zeros(linear.out_features, linear.in_features))
-    assert addresses(block, cpu) is None
-    linear.set_side()
+    linear.set_side(make_side(linear.spec, [], torch.zeros(linear.out_features, linear.in_features), cpu, torch.float32))
+    with_side = addresses(block, cpu)
+    assert with_side != found and set(found) < set(with_side)
+    linear.set_side(None)
     assert addresses(block, cpu) == found
+    linear.forward = linear.forward
+    assert addresses(block, cpu) is None
+    del linear.forward
     block.runtime = dataclasses.replace(block.runtime, at_home=lambda leaf, device: leaf is not linear)
     assert addresses(block, cpu) is None
 

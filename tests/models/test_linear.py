@@ -9,6 +9,7 @@ import torch
 from tonfa.kernels import layout
 from tonfa.kernels.norm_modulate import Norm
 from tonfa.models.linear import Ending, PackedLinear, PlainLinear, spec_of
+from tonfa.models.lora import Term, make_side
 from tonfa.models.runtime import Runtime
 from torch.nn import functional as F
 
@@ -112,11 +113,23 @@ def test_side_branches_are_added_before_the_ending(mode):
     x = torch.randn(1, 5, 128)
     down, up, delta = torch.randn(4, 128) * 0.2, torch.randn(128, 4) * 0.2, torch.randn(128, 128) * 0.02
     want = F.gelu(m(x, mode) + F.linear(F.linear(x, down), up) + F.linear(x, delta), approximate="tanh")
-    m.set_side(down, up, delta)
-    assert m.side_nbytes() == (4 * 128 * 2 + 128 * 128) * 4
+    m.set_side(make_side(m.spec, [Term(up, down)], delta, x.device, x.dtype))
+    assert sum(t.nbytes for t in m.side_tensors()) == (16 * 128 * 2 + 128 * 128) * 4
     assert relative(m.run(x, mode, ending=Ending(gelu_from=0)), want) < 1e-5
-    m.set_side()
-    assert m.side_nbytes() == 0
+    m.set_side(None)
+    assert not m.side_tensors()
+
+
+def test_a_forward_that_the_host_wrapped_is_called():
+    """Bypass LoRA puts its own `forward` on the module: whatever the block asks for, it takes part in."""
+    m, _, _ = single(n=128, k=128)
+    x, own = torch.randn(1, 5, 128), m.forward
+    want = F.gelu(m(x, "fast") * 2, approximate="tanh")
+    m.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) * 2
+    out = torch.zeros(1, 5, 128)
+    assert m.run(x, "fast", ending=Ending(gelu_from=0), out=out) is out and relative(out, want) < 1e-6
+    del m.forward
+    assert relative(m.run(x, "fast"), own(x, "fast")) == 0
 
 
 @pytest.mark.parametrize("mode", TOLERANCE)

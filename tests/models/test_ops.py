@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tonfa.kernels import layout
 from tonfa.models.flux import Flux, rope_table
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.linear import PackedLinear
+from tonfa.models.lora import Term, make_side
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
@@ -87,7 +89,8 @@ def test_side_branches():
     g = torch.Generator().manual_seed(1)
     for m in model.modules():
         if isinstance(m, PackedLinear):
-            m.set_side(torch.randn(4, m.in_features, generator=g) * 0.1, torch.randn(m.out_features, 4, generator=g) * 0.1)
+            term = Term(torch.randn(m.out_features, 4, generator=g) * 0.1, torch.randn(4, m.in_features, generator=g) * 0.1)
+            m.set_side(make_side(m.spec, [term], None, torch.device("cpu"), torch.bfloat16))
     check(model, inputs(model), {"tonfa": {"compute": "fast"}})
 
 
@@ -150,7 +153,7 @@ def test_operators_declare_what_they_do():
     m, mod = model.double_blocks[0].img_attn.qkv, model.double_blocks[0].img_mod.lin
     shift = torch.randn(1, m.in_features).bfloat16()
     blob, bias = m.weight.detach(), m.bias.detach()
-    call = ([a["img"]], blob, bias, m.handle, "fast", shift, shift, 12, 1e-6, 8, None, None)
+    call = ([a["img"]], blob, bias, m.handle, "fast", shift, shift, 12, 1e-6, 8, None, None, [], [])
     out = torch.zeros(1, 20, m.out_features).bfloat16()[:, 4:16]
     scale = torch.ones(m.out_features // (3 * model.config["num_heads"]))
     qkv = torch.randn(1, 17, m.out_features).bfloat16()
@@ -162,8 +165,10 @@ def test_operators_declare_what_they_do():
         "qk_norm_rope_": (qkv, scale, scale, a["pe"], model.config["num_heads"], 1e-6),
         "attend": (q, k, v, None),
     }
-    modulation = ([a["vec"][None]], mod.weight.detach(), mod.bias.detach(), mod.handle, "fast", None, None, 1, 1e-6, None, None, None)
-    for name, arguments in [*calls.items(), ("linear", modulation)]:
+    modulation = ([a["vec"][None]], mod.weight.detach(), mod.bias.detach(), mod.handle, "fast", None, None, 1, 1e-6)
+    modulation += (None, None, None, [], [])
+    lora = [torch.randn(n, 16).bfloat16() for n in (layout.views(m.spec, blob)[0].spec.k_padded, m.spec.parts[0].n_padded)]
+    for name, arguments in [*calls.items(), ("linear", modulation), ("linear", (*call[:-2], lora, [1, 0]))]:
         tests = ("test_schema", "test_faketensor")
         assert set(torch.library.opcheck(getattr(ops.OPS, name).default, arguments, test_utils=tests).values()) == {"SUCCESS"}
 

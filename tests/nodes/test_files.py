@@ -1,7 +1,9 @@
 """Saved model names against lists of files: the rules of nodes/host/files.py. No host needed."""
 
+from dataclasses import replace
+
 import pytest
-from tonfa.nodes.host.files import identity, resolve, with_legacy_folders
+from tonfa.nodes.host.files import LORAS, identity, resolve, with_legacy_folders
 
 FILES = [
     "svdq-int4_r32-flux.1-dev.safetensors",
@@ -117,3 +119,40 @@ def test_identity_follows_the_file(tmp_path):
     folder = identity(str(tmp_path))
     (tmp_path / "b").write_bytes(b"")
     assert identity(str(tmp_path)) != folder
+
+
+# -- LoRA files ---------------------------------------------------------------------------------------------------------------------
+
+LORA_NAMES = ["style.safetensors", "flux/Canny.safetensors", "flux\\tools\\depth.safetensors", "svdq-int4-lora.safetensors", "old.pt"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "substituted"),
+    [
+        ("style.safetensors", "style.safetensors", False),
+        ("flux\\Canny.safetensors", "flux/Canny.safetensors", False),
+        ("canny.safetensors", "flux/Canny.safetensors", True),
+        ("other/depth.safetensors", "flux\\tools\\depth.safetensors", True),
+        ("style", "style.safetensors", True),
+        ("style.pt", "style.safetensors", True),
+    ],
+)
+def test_what_a_saved_lora_name_means(asked, name, substituted):
+    found = resolve(asked, LORA_NAMES, LORAS)
+    assert found.name == name and (found.how is not None) == substituted
+
+
+@pytest.mark.parametrize("asked", ["svdq-fp4-lora.safetensors", "svdq-int4_r32-lora.safetensors", "stile.safetensors"])
+def test_loras_have_no_other_precision_and_are_never_guessed(asked):
+    with pytest.raises(FileNotFoundError, match=r"^LoRA '.*' is not in ComfyUI's loras folders.*Choose one in lora_name_3") as error:
+        resolve(asked, LORA_NAMES, replace(LORAS, widget="lora_name_3"))
+    assert "diffusion_models" not in str(error.value)
+
+
+def test_no_lora_at_all():
+    with pytest.raises(FileNotFoundError, match=r"no LoRA file at all\.$"):
+        resolve("a.safetensors", [], LORAS)
+    with pytest.raises(
+        FileNotFoundError, match=r"No LoRA is chosen\. Put a LoRA file into ComfyUI/models/loras and choose it in lora_name\."
+    ):
+        resolve("", LORA_NAMES, LORAS)

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,19 @@ INPUTS = {
     "NunchakuFluxDiTLoader": [
         "model_path", "cache_threshold", "attention", "cpu_offload", "device_id", "data_type", "i2f_mode", "compute",
     ],
+    "NunchakuFluxLoraLoader": ["model", "lora_name", "lora_strength"],
+    "NunchakuFluxLoraStack": ["model", *(f"lora_{what}_{i}" for i in range(1, 16) for what in ("name", "strength"))],
 }  # fmt: skip
+ALIASES = {"SVDQuantFluxDiTLoader": "NunchakuFluxDiTLoader", "SVDQuantFluxLoraLoader": "NunchakuFluxLoraLoader"}
 
 
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("module", ["tonfa", "tonfa.kernels", "tonfa.models", "tonfa.nodes.flux", "tonfa.nodes.host.files"])
+@pytest.mark.parametrize(
+    "module", ["tonfa", "tonfa.kernels", "tonfa.models", "tonfa.nodes.flux", "tonfa.nodes.lora", "tonfa.nodes.host.files"]
+)
 def test_importing_brings_neither_torch_nor_the_host(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'triton', 'comfy', 'folder_paths', 'numpy') if m in sys.modules])"
     assert run(code).strip() == "[]"
@@ -41,7 +47,7 @@ sys.modules[name] = module
 spec.loader.exec_module(module)
 print(sorted(module.NODE_CLASS_MAPPINGS), module.WEB_DIRECTORY, "tonfa" in sys.modules)
 """
-    assert run(code).strip() == "['NunchakuFluxDiTLoader', 'SVDQuantFluxDiTLoader'] ./web False"
+    assert run(code).strip() == f"{sorted([*INPUTS, *ALIASES])} ./web False"
 
 
 def test_nothing_in_the_pack_imports_itself_by_its_installed_name():
@@ -59,13 +65,18 @@ def test_bare_import_as_a_tool_does_it():
     assert module.NODE_CLASS_MAPPINGS == {}
 
 
-def test_keys_titles_and_alias():
+def test_keys_titles_and_aliases():
     classes, titles = tonfa.NODE_CLASS_MAPPINGS, tonfa.NODE_DISPLAY_NAME_MAPPINGS
     assert classes.keys() == titles.keys() == {key for family in nodes.FAMILIES.values() for key in family}
     assert titles["NunchakuFluxDiTLoader"] == classes["NunchakuFluxDiTLoader"].TITLE == "Nunchaku FLUX DiT Loader"
-    alias = classes["SVDQuantFluxDiTLoader"]
-    assert issubclass(alias, classes["NunchakuFluxDiTLoader"]) and alias.DEPRECATED
-    assert all(hasattr(c, c.FUNCTION) and c.CATEGORY == "Nunchaku" for c in classes.values())
+    assert titles["NunchakuFluxLoraLoader"] == "Nunchaku FLUX LoRA Loader" and titles["NunchakuFluxLoraStack"] == "Nunchaku FLUX LoRA Stack"
+    assert classes.keys() == {*INPUTS, *ALIASES}
+    for old, new in ALIASES.items():
+        assert issubclass(classes[old], classes[new]) and classes[old].DEPRECATED
+    assert all(titles[key] == c.TITLE and hasattr(c, c.FUNCTION) and c.CATEGORY == "Nunchaku" for key, c in classes.items())
+    assert all(
+        c.RETURN_TYPES == ("MODEL",) and not getattr(classes[key], "DEPRECATED", False) for key, c in classes.items() if key in INPUTS
+    )
 
 
 @pytest.mark.parametrize("error", ["ImportError('no module named x')", "ValueError('what')", "SystemExit('gone')", "SyntaxError('bad')"])
@@ -89,17 +100,23 @@ def test_every_input_is_taken_off_the_hosts_list_check_and_has_a_default():
     """Naming an input in VALIDATE_INPUTS is what keeps the host from refusing saved values that are not in today's list."""
     for key, inputs in INPUTS.items():
         node = tonfa.NODE_CLASS_MAPPINGS[key]
-        assert list(inspect.signature(node.VALIDATE_INPUTS).parameters) == inputs
         assert node.VALIDATE_INPUTS() is True
-        assert list(inspect.signature(getattr(node, node.FUNCTION)).parameters)[1:] == inputs
+        checked, taken = inspect.signature(node.VALIDATE_INPUTS), inspect.signature(getattr(node, node.FUNCTION))
+        if key == "NunchakuFluxLoraStack":  # its thirty rows are taken by whatever name they have
+            assert [p.kind.name for p in checked.parameters.values()] == ["VAR_KEYWORD"]
+            assert [p.kind.name for p in taken.parameters.values()][1:] == ["POSITIONAL_OR_KEYWORD", "VAR_KEYWORD"]
+            continue
+        assert list(checked.parameters) == [name for name in inputs if name != "model"]
+        assert list(taken.parameters)[1:] == inputs
 
 
 @pytest.mark.parametrize("language", ["en", "zh", "ko"])
 def test_translations_name_every_input(language):
     names = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
-    for key, inputs in INPUTS.items():
-        assert names[key]["display_name"]
-        assert list(names[key]["inputs"]) == inputs
+    assert names.keys() == {*INPUTS, *ALIASES}
+    for key in names:
+        assert names[key]["display_name"] and names[key]["description"]
+        assert list(names[key]["inputs"]) == INPUTS[ALIASES.get(key, key)]
         assert all(entry["name"] for entry in names[key]["inputs"].values())
 
 
@@ -110,11 +127,11 @@ def test_the_english_text_is_the_nodes_own():
         assert names[key]["description"] == node.DESCRIPTION and names[key]["display_name"] == node.TITLE
 
 
-def test_every_loader_has_a_help_page():
+def test_every_node_has_a_help_page():
     for key in tonfa.NODE_CLASS_MAPPINGS:
-        inputs = INPUTS.get(key, INPUTS["NunchakuFluxDiTLoader"])
         page = (ROOT / "web" / "docs" / f"{key}.md").read_text(encoding="utf-8")
-        assert all(f"`{name}`" in page for name in inputs)
+        rows = re.compile(r"_(1\d|[2-9])$")  # of a stack's fifteen, the first stands for all
+        assert all(f"`{name}`" in page for name in INPUTS[ALIASES.get(key, key)] if not rows.search(name))
 
 
 def test_every_example_has_the_picture_that_the_template_browser_asks_for():

@@ -11,10 +11,23 @@ KOHYA_LORA = ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "lora_u
 FLUX2 = "double_stream_modulation_img.lin"
 
 
-def test_a_lora_belongs_into_the_stock_loader():
-    for names in (DIFFUSERS_LORA, KOHYA_LORA):
-        kind = identify(names, {})
-        assert kind.family == "lora" and "LoraLoaderModelOnly" in kind.advice.split("Nunchaku")[0] and "converted" not in kind.what
+XLABS_LORA = ["double_blocks.0.processor.qkv_lora1.down.weight", "single_blocks.0.processor.qkv_lora.up.weight"]
+LYCORIS = ["lycoris_transformer_blocks_0_attn_to_q.oft_blocks", "lycoris_transformer_blocks_0_attn_to_q.alpha"]
+DIFFERENCES = ["diffusion_model.img_in.diff", "diffusion_model.img_in.diff_b"]
+
+
+@pytest.mark.parametrize("names", [DIFFUSERS_LORA, KOHYA_LORA, XLABS_LORA, LYCORIS, DIFFERENCES])
+def test_a_lora_belongs_into_the_stock_loader_or_ours(names):
+    kind = identify(names, {})
+    assert kind.family == "lora" and "LoraLoaderModelOnly" in kind.advice.split("Nunchaku")[0] and "converted" not in kind.what
+    assert "NunchakuFluxLoraLoader" in kind.advice
+
+
+def test_a_lora_of_another_family_is_called_by_it():
+    kind = identify(["lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight", "lora_te2_x.lora_down.weight"], {})
+    assert kind.family == "lora" and "SDXL" in kind.what and "NunchakuFluxLoraLoader" not in kind.advice
+    kind = identify(["transformer_blocks.0.img_mlp.net.2.lora_A.weight", "transformer_blocks.0.img_mlp.net.2.lora_B.weight"], {})
+    assert "Qwen-Image" in kind.what
 
 
 @pytest.mark.parametrize(
@@ -22,10 +35,10 @@ def test_a_lora_belongs_into_the_stock_loader():
     ["transformer_blocks.3.qkv_proj", "transformer_blocks.3.mlp_context_fc1", "single_transformer_blocks.0.mlp_fc2",
      "transformer_blocks.0.qkv_proj_context", "transformer_blocks.0.out_proj_context"],
 )  # fmt: skip
-def test_a_converted_lora_cannot_be_read_and_its_source_can(layer):
+def test_a_converted_lora_belongs_into_our_loader_only(layer):
     kind = identify([f"{layer}.lora_down", f"{layer}.lora_up", "x_embedder.lora_A.weight"], {})
     assert kind.family == "lora" and "converted" in kind.what
-    assert "cannot read that form" in kind.advice and "converted from" in kind.advice
+    assert "NunchakuFluxLoraLoader" in kind.advice and "no stock node" in kind.advice
 
 
 @pytest.mark.parametrize(
