@@ -66,7 +66,9 @@ def make_branch(module: PackedLinear, key: str, plan: Plan, device: torch.device
     for patch, shape in plan.patches:
         with caught(key) as said:
             if shape is None:
-                weight.add(change(patch, key, weight))
+                delta, within = change(patch, key, weight)
+                weight.add(delta)
+                refused += within
             else:
                 weight.terms.append(exact_term(patch, shape, weight))
         refused += said
@@ -126,12 +128,13 @@ def exact_term(patch: Patch, shape: Shape, weight: Sum) -> Term:
     return Term(up, down, patch[0] * scale, row, column)
 
 
-def change(patch: Patch, key: str, weight: Sum) -> Tensor:
-    """fp32 [N, K]: what a patch adds to the weight as it is now, by the host's own code."""
+def change(patch: Patch, key: str, weight: Sum) -> tuple[Tensor, list[str]]:
+    """fp32 [N, K]: what a patch adds to the weight as it is now, by the host's own code; and what could not be applied of it."""
     if not reads_weight(patch):
         return patched(weight.zeros(), patch, key, weight.base() if is_kind(patch[1], "model_as_lora") else None)
     before = weight.now()
-    return patched(before.clone(), patch, key).sub_(before)
+    after, refused = patched(before.clone(), patch, key)
+    return after.sub_(before), refused
 
 
 def reads_weight(patch: Patch) -> bool:
@@ -151,5 +154,5 @@ def merged_weight(module: PackedLinear, key: str, patches: list[Patch], device: 
     weight = layer.base()
     for patch in active(patches):
         with caught(key):
-            weight = patched(weight.clone(), patch, key, layer.base() if is_kind(patch[1], "model_as_lora") else None)
+            weight, _ = patched(weight.clone(), patch, key, layer.base() if is_kind(patch[1], "model_as_lora") else None)
     return weight

@@ -231,7 +231,8 @@ class TonfaPatcher(MergingPatcher):
         with self._collecting():
             for key in (key for key in combined if key in self.packed):
                 plan = plan_branch(self.packed[key], key, own.get(key, []) + combined[key], size)
-                made[key] = self._make(key, plan)
+                side = self._make(key, plan)
+                made[key] = None if side is None else side.to(self.packed[key].weight.device)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed and self._has_room():
             self._kept[hooks] = state, made
             self.cached_hook_patches.setdefault(hooks, {})  # or the host would look at every weight again

@@ -44,6 +44,8 @@ def window(patch: Patch, rows: int, columns: int) -> tuple[int, int, int, int]:
 
 def completed(value: object) -> object:
     """The value as the host can compute it: where a BOFT file has no constraint (alpha) the host fails, though it takes 0 for an OFT's."""
+    if isinstance(value, list):  # another model's weight and the patches on it
+        return [value[0], *((patch[0], completed(patch[1]), *patch[2:]) for patch in value[1:])]
     if isinstance(value, comfy.weight_adapter.BOFTAdapter) and value.weights[2] is None:
         return type(value)(value.loaded_keys, (*value.weights[:2], 0, *value.weights[3:]))
     return value
@@ -99,9 +101,9 @@ def caught(key: str, listen: bool = False) -> Iterator[list[str]]:
     said: list[str] = []
 
     def hears(record: logging.LogRecord) -> bool:
-        about = record.levelno >= logging.WARNING and key in record.getMessage()
+        about = record.levelno >= logging.WARNING and key in str(record.msg)
         if about:
-            said.append(record.getMessage())
+            said.append(str(record.msg))
         return not about
 
     root = logging.getLogger()
@@ -118,20 +120,22 @@ def caught(key: str, listen: bool = False) -> Iterator[list[str]]:
         root.removeFilter(hears)
 
 
-def patched(weight: Tensor, patch: Patch, key: str, original: Tensor | None = None) -> Tensor:
+def patched(weight: Tensor, patch: Patch, key: str, original: Tensor | None = None) -> tuple[Tensor, list[str]]:
     """What the host makes of an fp32 weight, which it may write to. Raises PatchError when it cannot.
 
-    original: the model's own weight, which "model_as_lora" is a difference to.
+    original: the model's own weight, which "model_as_lora" is a difference to. The sentences returned are about patches within the patch,
+    when it merges another model: what is left of that is merged all the same.
     """
     originals = None if original is None else {key: [(original, lambda weight, **_: weight)]}
     shape = weight.shape
+    made = None
     with caught(key, listen=True) as said:
-        weight = comfy.lora.calculate_weight([patch], weight, key, intermediate_dtype=torch.float32, original_weights=originals)
-    if said:
+        made = comfy.lora.calculate_weight([patch], weight, key, intermediate_dtype=torch.float32, original_weights=originals)
+    if made is None or (said and not isinstance(patch[1], list)):
         raise PatchError(said[0])
-    if weight.shape != shape:
-        raise PatchError(f"{key} is {sizes(shape)}, the patch makes it {sizes(weight.shape)}")
-    return weight
+    if made.shape != shape:
+        raise PatchError(f"{key} is {sizes(shape)}, the patch makes it {sizes(made.shape)}")
+    return made, said
 
 
 def sizes(shape: tuple[int, ...]) -> str:

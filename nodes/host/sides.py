@@ -47,7 +47,8 @@ class Sides:
         self.place()  # what goes is gone before anything new takes memory
         for key, plan in plans.items():
             if key not in self.own:
-                self.own[key] = Made(plan, make(key, plan))
+                side = make(key, plan)  # where the model computes; it goes at once where its layer is
+                self.own[key] = Made(plan, None if side is None else side.to(self.packed[key].weight.device))
         self.place()
 
     def hook(self, sides: dict[str, Side | None]) -> None:

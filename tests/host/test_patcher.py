@@ -12,6 +12,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from comfy_extras import nodes_model_advanced
 from safetensors.torch import save_file
 from tonfa.nodes.host.patcher import TonfaPatcher
 
@@ -84,6 +85,16 @@ def test_stacked_loras_add_up(pair, loras):
     assert snr(stacked, sample(with_lora(with_lora(theirs, loras["mixed"], 0.3), loras["other"], -0.4))) > CLOSE
     once = sample(with_lora(ours, loras["packed"], 0.7))
     assert snr(sample(with_lora(with_lora(ours, loras["packed"], 0.3), loras["packed"], 0.4)), once) > CLOSE
+
+
+def test_order_beside_model_sampling_flux_is_all_the_same(pair, loras):
+    def shifted(model):
+        return nodes_model_advanced.ModelSamplingFlux().patch(model, 1.6, 0.3, 1024, 768)[0]
+
+    ours, theirs, plain = pair
+    first, second = sample(with_lora(shifted(ours), loras["mixed"])), sample(shifted(with_lora(ours, loras["mixed"])))
+    assert torch.equal(first, second) and snr(first, sample(shifted(with_lora(theirs, loras["mixed"])))) > CLOSE
+    assert rel(first, sample(with_lora(ours, loras["mixed"]))) > 1e-3 and torch.equal(sample(ours), plain)
 
 
 def test_row_and_column_offsets(pair):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from tonfa.nodes.host.merging import shift_of, shifts_input
 
 from .lab import CPU, dense_state, loaded, made, rel, sample, snr, twin
-from .loras import CLOSE, HIDDEN, Random, applied, counted, mixed, one_step, packed_only, sizes, unload, unpacked_only
+from .loras import CLOSE, HIDDEN, Random, applied, counted, misfit, mixed, one_step, packed_only, sizes, unload, unpacked_only
 
 SHIFTED = "diffusion_model.double_blocks.0.img_mlp.2"
 NEWER = hasattr(comfy.model_patcher.ModelPatcher, "model_state_dict_for_saving")
@@ -65,6 +67,19 @@ def test_merges_with_a_dense_model_both_ways(pair, seconds):
         assert snr(sample(simple(one, dense, 0.6)[0]), wanted) > CLOSE
         wanted = sample(simple(dense, other, 0.6)[0])
         assert snr(sample(simple(dense, one, 0.6)[0]), wanted) > CLOSE
+
+
+def test_what_the_other_model_cannot_apply_is_named_and_the_rest_is_merged(pair, seconds, caplog):
+    """A LoRA that does not fit, and a BOFT without alpha that does, on the model that is merged in."""
+    boft = {"diffusion_model.double_blocks.0.img_attn.proj.oft_blocks": Random(3)(2, HIDDEN // 8, 8, 8)}
+    wanted = applied(seconds[1], misfit() | boft | {"diffusion_model.double_blocks.0.img_attn.proj.alpha": torch.tensor(0.0)})
+    wanted = sample(simple(pair[1], wanted, 0.6)[0])
+    unload()
+    with caplog.at_level(logging.WARNING, logger="tonfa"):
+        got = sample(simple(pair[0], applied(seconds[1], misfit() | boft), 0.6)[0])
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("tonfa")]
+    assert len(said) == 1 and "single_blocks.0.linear2.weight" in said[0] and "img_attn" not in said[0]
+    assert snr(got, wanted) > CLOSE
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------------------------
