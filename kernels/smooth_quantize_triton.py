@@ -21,10 +21,9 @@ from .norm_modulate_triton import norm_modulate_triton
 from .rounding import divided, dot_split, e4m3_byte, e4m3_value, has_pairs, inverse_of, rne, safe_scale, settled, storable
 from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_statistics_triton, smoothed
 from .smooth_quantize_torch import QuantizedInput, kind_of, lowrank_dtype, plain_dtype
-from .targets import interpreting, launch_device, target_for
+from .targets import Target, interpreting, launch_device, target_for
 from .tiles import QUANTIZE_PIECES, Tile, quantize_tile
 
-MOST_EXTRA = 64  # further columns up to which _quantize makes their product
 DESCRIPTOR_COLUMNS = 4096  # shorter rows gain little from tensor descriptors, and making them costs the CPU as much as a launch
 
 
@@ -165,9 +164,15 @@ def _quantize(
         if NORM:
             m = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
         if RB:
-            h = _low_rank(m, _ranks_of(down, k, cols, ranks, RANKS, RB, COPY_ENGINE), h, a.dtype, PTX, EMULATE)
+            h = _low_rank(m, _ranks_of(down, k, cols, ranks, RANKS, RB, COPY_ENGINE), h, a.dtype, EMULATE)
         if XB:
-            hx = _low_rank(m, _ranks_of(extra, k, cols, further, EXTRA, XB, COPY_ENGINE), hx, a.dtype, PTX, EMULATE)
+            hx = _low_rank(m, _ranks_of(extra, k, cols, further, EXTRA, XB, COPY_ENGINE), hx, a.dtype, EMULATE)
+        # Settled in every step: Triton 3.6 gives a tile that a wgmma and something else read from shared memory one buffer too few, and
+        # the next load overwrites it while the wgmma still reads.
+        if RB:
+            h = settled(h, PTX)
+        if XB:
+            hx = settled(hx, PTX)
         if codes_too:
             v = smoothed(m.to(tl.float32), smooth, cols, K, a.dtype, UNSIGNED, PTX, EMULATE)
             _store_codes(codes, scales, v, factor, rows, k, M, K8, KIND, LARGEST, BYTES, BM, BK, PTX, EMULATE)
@@ -195,17 +200,13 @@ def _store_ranks(products, h, rows, piece, M, width, columns, inside, EMULATE: t
 
 
 @triton.jit
-def _low_rank(m, d, h, DTYPE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr):
-    """h + m @ d; m holds numbers of DTYPE.
-
-    Settled in every step: Triton 3.6 gives a tile that a wgmma and something else read from shared memory one buffer too few, and the
-    next load overwrites it while the wgmma still reads.
-    """
+def _low_rank(m, d, h, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
+    """h + m @ d; m holds numbers of DTYPE."""
     if tl.bfloat16 == DTYPE and d.dtype == tl.bfloat16 and not EMULATE:
         h = tl.dot(m.to(tl.bfloat16), d, h)
     else:
         h = dot_split(m.to(tl.float32), d.to(tl.float32), h, tl.bfloat16 != DTYPE, tl.bfloat16 != d.dtype, EMULATE)
-    return settled(h, PTX)
+    return h
 
 
 @triton.jit(do_not_specialize=["total", "pieces"])
@@ -220,8 +221,15 @@ def _add_pieces(products, out, total, pieces, MOST: tl.constexpr, BLOCK: tl.cons
 
 def rank_block(ranks: int, tile: Tile, taken: int = 0) -> int:
     """Columns of the low-rank product a program makes beside `taken` others; 0 without one."""
-    left = max(tile.bn - taken, tile.bn // 4, 16)
+    left = max(tile.bn - taken, 16)
     return 0 if ranks == 0 else min(max(16, triton.next_power_of_2(ranks)), 1 << left.bit_length() - 1)
+
+
+def rank_blocks(ranks: int, extra: int, tile: Tile) -> tuple[int, int, int]:
+    """Columns of both products that a program makes, and how many programs share them; each of those reads x again."""
+    block = rank_block(ranks, tile)
+    extra_block = rank_block(extra, tile, block)
+    return block, extra_block, max(triton.cdiv(ranks, max(block, 1)), triton.cdiv(extra, max(extra_block, 1)), 1)
 
 
 def kernel_kind(kind: str, part: PartView, mode: str) -> tuple[str, int]:
@@ -233,23 +241,30 @@ def kernel_kind(kind: str, part: PartView, mode: str) -> tuple[str, int]:
     return ("half" if kind == "half" else "int"), 127 if kind == "int8" else 15 if part.spec.act_unsigned else 7
 
 
-def _outputs(x: Tensor, part: PartView, kind: str) -> QuantizedInput:
+def _outputs(x: Tensor, part: PartView, kind: str, ranks: int, extra: int, apart: bool) -> QuantizedInput:
     rows, kp = x.shape[0], part.spec.k_padded
     dtype = {"plain": plain_dtype(x.dtype), "half": torch.float16}.get(kind, torch.uint8 if part.spec.code_form == "e4m3" else torch.int8)
     shape = {"plain": None, "e4m3": (rows,), "half": (rows,)}.get(kind, (kp // 64, rows))
     scales = None if shape is None else torch.empty(shape, dtype=torch.float32, device=x.device)
-    ranks, extra = 0 if part.down is None else part.down.shape[1], 0 if part.extra is None else part.extra.down.shape[1]
-    h = torch.empty(rows, ranks + extra, dtype=lowrank_dtype(x, part, kind), device=x.device) if ranks + extra else None
     codes = torch.empty(rows, kp, dtype=dtype, device=x.device)
-    lowrank, further = h[:, :ranks] if ranks else None, h[:, ranks:] if extra else None
-    if extra > MOST_EXTRA and h.dtype == x.dtype:
-        lowrank, further = (torch.empty(rows, n, dtype=h.dtype, device=x.device) for n in (ranks, extra))
-    return QuantizedInput(kind, codes, scales, lowrank if ranks else None, x.dtype, further)
+    if not ranks + extra:
+        return QuantizedInput(kind, codes, scales, None, x.dtype, None)
+    widths = (ranks, extra) if apart else (ranks + extra,)
+    made = [torch.empty(rows, n, dtype=lowrank_dtype(x, part, kind), device=x.device) for n in widths]
+    lowrank, further = made if apart else (made[0][:, :ranks], made[0][:, ranks:])
+    return QuantizedInput(kind, codes, scales, lowrank if ranks else None, x.dtype, further if extra else None)
 
 
-def multiplied_apart(q: QuantizedInput) -> bool:
-    """Whether the further columns' product is torch's: with many of them every program of _quantize would read x again for a few."""
-    return q.extra is not None and q.extra.is_contiguous() and q.extra.shape[1] > MOST_EXTRA and q.extra.dtype == q.dtype
+def multiplied_apart(x: Tensor, part: PartView, kind: str, ranks: int, extra: int, tile: Tile) -> bool:
+    """Whether the further columns' product is torch's: where each further program of _quantize would read x again for a few of them."""
+    if lowrank_dtype(x, part, kind) != x.dtype:
+        return False
+    return rank_blocks(ranks, extra, tile)[2] > rank_blocks(ranks, 0, tile)[2]
+
+
+def most_registers(target: Target, dtype: torch.dtype, block: int, extra_block: int) -> int | None:
+    """A thread's registers for four programs a multiprocessor, where the compiler would take a few more."""
+    return 128 if target.name == "sm_90" and dtype == torch.bfloat16 and extra_block and block + extra_block <= 64 else None
 
 
 def copyable(x: Tensor) -> bool:
@@ -262,11 +277,15 @@ def smooth_quantize_triton(
 ) -> QuantizedInput:
     """Same arguments, result and layouts as smooth_quantize_torch. Operands must have been checked."""
     kind = kind_of(part, mode, wide)
-    q = _outputs(x, part, kind)
     (rows, k), kp, device = x.shape, part.spec.k_padded, x.device
+    target, emulate = target_for(device), interpreting()
+    code_kind, largest = kernel_kind(kind, part, mode)
+    tile = quantize_tile(target, x.dtype, rows, kp, code_kind in ("int", "half"))
+    ranks, extra = 0 if part.down is None else part.down.shape[1], 0 if part.extra is None else part.extra.down.shape[1]
+    apart = multiplied_apart(x, part, kind, ranks, extra, tile)
+    q = _outputs(x, part, kind, ranks, extra, apart)
     if rows == 0:
         return q
-    target, emulate = target_for(device), interpreting()
     pairs = has_pairs(target)
     unsigned = part.spec.act_unsigned and mode == "exact"
     finds_amax = kind in ("e4m3", "half") and row_amax is None
@@ -275,12 +294,8 @@ def smooth_quantize_triton(
         moments, found = row_statistics_triton(x, norm, part.smooth if finds_amax else None, unsigned)
         row_amax = found if finds_amax else row_amax
     shift, scale, shift_row, scale_row, rows_per_batch = norm_arguments(norm, part.smooth, rows)
-    code_kind, largest = kernel_kind(kind, part, mode)
-    apart = multiplied_apart(q)
-    ranks, extra = (0 if h is None else h.shape[1] for h in (q.lowrank, None if apart else q.extra))
-    tile = quantize_tile(target, x.dtype, rows, kp, code_kind in ("int", "half"))
-    block = rank_block(ranks, tile)
-    extra_block = rank_block(extra, tile, block)
+    extra = 0 if apart else extra
+    block, extra_block, blocks = rank_blocks(ranks, extra, tile)
     found = q.lowrank if ranks else q.extra if extra else q.codes  # one tensor holds both, the part's own ranks first
     products = found
     if ranks + extra and tile.pieces > 1:
@@ -291,7 +306,6 @@ def smooth_quantize_triton(
         source = TensorDescriptor.from_tensor(x, [tile.bm, tile.bk])
         down = TensorDescriptor.from_tensor(down, [tile.bk, block]) if ranks else source
         further = TensorDescriptor.from_tensor(further, [tile.bk, extra_block]) if extra else source
-    blocks = max(triton.cdiv(ranks, block) if ranks else 1, triton.cdiv(extra, extra_block) if extra else 1)
     with launch_device(device):
         _quantize[(triton.cdiv(rows, tile.bm), tile.pieces, blocks)](
             source, part.smooth, shift, scale, moments, part.smooth if row_amax is None else row_amax, down, further,
@@ -301,6 +315,7 @@ def smooth_quantize_triton(
             KIND=code_kind, LARGEST=largest, BYTES=part.spec.code_form == "e4m3", UNSIGNED=unsigned, NORM=norm is not None,
             ONE_BATCH=one_batch(rows, rows_per_batch, tile.bm), RB=block, XB=extra_block, BM=tile.bm, BK=tile.bk,
             STAGES=tile.stages, COPY_ENGINE=engine, PTX=pairs, EMULATE=emulate, num_warps=tile.warps,
+            maxnreg=most_registers(target, x.dtype, block, extra_block),
         )  # fmt: skip
         if products.ndim == 3:
             _add_pieces[(triton.cdiv(rows * (ranks + extra), 512),)](

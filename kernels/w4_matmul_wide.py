@@ -41,7 +41,7 @@ from .w4_matmul_triton import (
 # scaling; at K 12288 errors are then 2.7e-3 to 2.8e-3. (5e-5 for both signs left 3.03e-3 with one token.)
 HOPPER_E4M3_LOSS = {"signed": 1.2e-5, "unsigned": -3.5e-5}
 GROUP_M = {"row": 16, "half": 8, "plain": 8}
-RANKS_A_STEP = 32
+MOST_HELD = 32  # ranks whose operands fit in registers beside the accumulator
 
 
 @triton.jit
@@ -88,12 +88,18 @@ def _lowrank_dot(u, h, acc, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, EMULA
 
 
 @triton.jit
+def _side_by_side(a, b, ROWS: tl.constexpr, RB: tl.constexpr):
+    """a and b [ROWS, RB] as one operand [ROWS, 2 * RB], column by column in turn: the order of ranks does not matter to a product."""
+    return tl.reshape(tl.join(a, b), (ROWS, 2 * RB))
+
+
+@triton.jit
 def _add_lowrank(
     acc, up, lowrank, n, m, seg, h_row, rank, RB: tl.constexpr, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, EMULATE: tl.constexpr
 ):
     """acc + up @ h^T, RB ranks a step."""
     # Settled: pipelined, operands that are still read would be overwritten (Triton 3.6).
-    for r in tl.range(0, rank, RB, num_stages=1 if TF32 else 4):
+    for r in tl.range(0, rank, RB, num_stages=1 if TF32 else max(2, 128 // RB)):
         u, h = _lowrank_operands(up, lowrank, n, m, seg, r, h_row, rank, RB, COPY_ENGINE)
         acc = settled(_lowrank_dot(u, h, acc, TF32, COPY_ENGINE, EMULATE), COPY_ENGINE and not EMULATE)
     return acc
@@ -105,7 +111,7 @@ def _w4_matmul_wide(
     next_smooth, gain,
     start, M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3,
     h_row, extra_row, extra_rank, xseg1, xseg2, xseg3, peak_first,
-    KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, EARLY: tl.constexpr, XB: tl.constexpr, EXTRA_EARLY: tl.constexpr,
+    KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, FETCH: tl.constexpr, XB: tl.constexpr, EXTRA_FETCH: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
     GATE: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     GROUP_M: tl.constexpr, PIECES: tl.constexpr, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
@@ -115,7 +121,8 @@ def _w4_matmul_wide(
     KIND: "row" (e4m3, table = ratio [ceil(KP / BLOCK), NP]), "half" (fp16, table = scale [NP]), "plain" (16 bit, no scales).
     PEAK: 1: row maxima of the result over next_smooth go to peak (fp32 as int32 [M]), 2: shifted ones.
     w_from [NP, KP], x_from [M, KP]: tensor descriptors with COPY_ENGINE, else pointers.
-    up [NP, RANK], lowrank [M, S * RANK]: likewise, but pointers with EARLY. extra_up, extra: the same of the further columns, XB a step.
+    up [NP, RANK], lowrank [M, S * RANK]: likewise, but pointers unless fetched in "steps". extra_up, extra: the same of the
+    further columns, XB a step.
     """
     tiles_m = tl.cdiv(M - start, BM)
     band = GROUP_M * tl.cdiv(NP, BN)
@@ -137,9 +144,9 @@ def _w4_matmul_wide(
     tokens = tl.minimum(m0 + tl.arange(0, BM), M - 1)
     seg = segment_of(n0, seg1, seg2, seg3)
     xseg = segment_of(n0, xseg1, xseg2, xseg3)
-    if EARLY:
+    if FETCH == "ahead":
         u_first, h_first = _lowrank_operands(up, lowrank, n, tokens, seg, 0, h_row, RANK, RB, False)
-    if EXTRA_EARLY:
+    if EXTRA_FETCH == "ahead":
         u_extra, h_extra = _lowrank_operands(extra_up, extra, n, tokens, xseg, 0, extra_row, XB, XB, False)
     if KIND == "row":
         ratio = tl.load(table + n)  # one block ahead: a ratio loaded where it is used is waited for in every block
@@ -151,20 +158,30 @@ def _w4_matmul_wide(
     else:
         for k in range(0, KP, BK):
             acc = _dot(w_from, x_from, w_rows, x_rows, KP, k, acc, COPY_ENGINE, BK, EMULATE)
+    if FETCH == "behind":
+        u_first, h_first = _lowrank_operands(up, lowrank, n, tokens, seg, 0, h_row, RANK, RB, False)
+    if EXTRA_FETCH == "behind":
+        u_extra, h_extra = _lowrank_operands(extra_up, extra, n, tokens, xseg, 0, extra_row, XB, XB, False)
     if KIND == "half":
         acc *= tl.load(table + n)[:, None]
     if HAS_CHANNEL:
         acc *= tl.load(channel_scale + n)[:, None]
     if KIND != "plain":
         acc *= tl.load(x_scales + tl.minimum(m0 + tl.arange(0, BM), M - 1))[None, :]
-    if EARLY:
-        acc = _lowrank_dot(held(u_first, PTX), held(h_first, PTX), acc, TF32, COPY_ENGINE, EMULATE)
-    elif RANK > 0:
-        acc = _add_lowrank(acc, up, lowrank, w_rows, x_rows, seg, h_row, RANK, RB, TF32, COPY_ENGINE, EMULATE)
-    if EXTRA_EARLY:
-        acc = _lowrank_dot(held(u_extra, PTX), held(h_extra, PTX), acc, TF32, COPY_ENGINE, EMULATE)
-    elif XB > 0:
-        acc = _add_lowrank(acc, extra_up, extra, w_rows, x_rows, xseg, extra_row, extra_rank, XB, TF32, COPY_ENGINE, EMULATE)
+    JOINED: tl.constexpr = FETCH != "steps" and EXTRA_FETCH != "steps" and RB == XB
+    if JOINED:  # one product for both, and one wait
+        u = _side_by_side(held(u_first, PTX), held(u_extra, PTX), BN, RB)
+        h = _side_by_side(held(h_first, PTX), held(h_extra, PTX), BM, RB)
+        acc = _lowrank_dot(u, h, acc, TF32, COPY_ENGINE, EMULATE)
+    else:
+        if FETCH != "steps":
+            acc = _lowrank_dot(held(u_first, PTX), held(h_first, PTX), acc, TF32, COPY_ENGINE, EMULATE)
+        elif RANK > 0:
+            acc = _add_lowrank(acc, up, lowrank, w_rows, x_rows, seg, h_row, RANK, RB, TF32, COPY_ENGINE, EMULATE)
+        if EXTRA_FETCH != "steps":
+            acc = _lowrank_dot(held(u_extra, PTX), held(h_extra, PTX), acc, TF32, COPY_ENGINE, EMULATE)
+        elif XB > 0:
+            acc = _add_lowrank(acc, extra_up, extra, w_rows, x_rows, xseg, extra_row, extra_rank, XB, TF32, COPY_ENGINE, EMULATE)
     # The ending piece by piece: fewer registers at once.
     pieces = _pieces(acc, BN, BM, PIECES)
     for i in tl.static_range(PIECES):
@@ -217,14 +234,25 @@ def _sources(left: Tensor, right: Tensor, tile: Tile, columns: int, target: Targ
     return [TensorDescriptor.from_tensor(left, [tile.bn, columns]), TensorDescriptor.from_tensor(right, [tile.bm, columns])]
 
 
-def hold_early(kind: str, tf32: bool, gate: bool, rank: int, further: int) -> tuple[bool, bool]:
-    """Whether the operands of the part's own ranks and of the further ones are held in registers: where all fit into one step, and where
+def ranks_a_step(rank: int, tf32: bool) -> int:
+    """Ranks that a step of the low-rank product takes; more at a time would not fit beside a main loop's stages in tf32."""
+    return rank_step(rank, 32 if tf32 else 64)
 
-    there are registers for them: "row" products run two programs a multiprocessor, the others need most of a program's for the result.
+
+def fetches(kind: str, tf32: bool, gate: bool, rank: int, further: int) -> tuple[str, str]:
+    """When the low-rank operands of the part's own ranks and of the further ones are fetched.
+
+    "ahead" of the main loop, where all fit into one step and there are registers to hold them: "row" products run two programs a
+    multiprocessor, the others need most of a program's for the result. "behind" it all at once, where a gate needs registers too.
+    Else in "steps".
     """
-    if kind == "row" and (tf32 or (gate and further)):
-        return False, False
-    return 0 < rank == rank_step(rank, RANKS_A_STEP), kind == "row" and 0 < further == rank_step(further, RANKS_A_STEP)
+    own, other = (0 < r == rank_step(r, MOST_HELD) for r in (rank, further))
+    if kind != "row":
+        return "ahead" if own else "steps", "steps"
+    if tf32 or (gate and further and not (own and other)):
+        return "steps", "steps"
+    when = "behind" if gate and further else "ahead"
+    return when if own else "steps", when if other else "steps"
 
 
 def most_registers(target: Target, kind: str, further: int) -> int | None:
@@ -253,15 +281,18 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
     further = extra_rank(q, part)
     pairs += [(part.extra.up, q.extra)] if further else []
     tf32 = any(t.dtype != torch.bfloat16 for pair in pairs for t in pair)
-    block, extra_block = rank_step(rank, RANKS_A_STEP), rank_step(further, RANKS_A_STEP)
-    early, extra_early = hold_early(kind, tf32, finish.gate is not None, rank, further)
+    block, extra_block = ranks_a_step(rank, tf32), ranks_a_step(further, tf32)
+    fetch, extra_fetch = fetches(kind, tf32, finish.gate is not None, rank, further)
     switches = launch_switches(part, rank, shift, bias, finish)
     sizes = launch_sizes(q, part, out, finish)[1:]
     with launch_device(out.device):
         for start, stop, tile in wide_bands(target, kind, rows, spec.n_padded):
             operands = _sources(weight.values, x, tile, tile.bk, target)
-            operands += _sources(*(pairs[0] if rank else (out, out)), tile, block, None if early or not rank else target)
-            operands += _sources(*(pairs[-1] if further else (out, out)), tile, extra_block, None if extra_early or not further else target)
+            described, further_described = (
+                target if n and when == "steps" else None for n, when in ((rank, fetch), (further, extra_fetch))
+            )
+            operands += _sources(*(pairs[0] if rank else (out, out)), tile, block, described)
+            operands += _sources(*(pairs[-1] if further else (out, out)), tile, extra_block, further_described)
             _w4_matmul_wide[(triton.cdiv(stop - start, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](
                 *operands, out if table is None else table, out if q.scales is None else q.scales,
                 out if part.channel_scale is None else part.channel_scale, part.shift_bias if shift else out,
@@ -269,7 +300,7 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
                 out if finish.gate is None else finish.gate,
                 out if peak is None else peak.amax.view(torch.int32), out if peak is None else peak.smooth,
                 e4m3_gain(target, spec.act_unsigned) if kind == "row" else 1.0, start, stop, *sizes, 0 if peak is None else peak.first,
-                KIND=kind, RB=block, EARLY=early, XB=extra_block, EXTRA_EARLY=extra_early,
+                KIND=kind, RB=block, FETCH=fetch, XB=extra_block, EXTRA_FETCH=extra_fetch,
                 BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
                 PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target) and not interpreting(),
                 COPY_ENGINE=target.copy_engine,

@@ -90,6 +90,7 @@ class Graphs:
                             wanted.copy_(made)
                 finally:
                     graph.capture_end()
+                    release_workspaces()
         except Exception as error:
             self.off = True
             self.release()
@@ -130,6 +131,13 @@ class Graphs:
             views.append(arena[at : at + t.numel() * t.element_size()].view(t.dtype).view(t.shape))
             at += size
         return views
+
+
+def release_workspaces() -> None:
+    """Gives back cuBLAS's workspaces: torch keeps one for ever for every stream, here 32 MiB of a pool that could never be released."""
+    release = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if release is not None:
+        release()
 
 
 def room(device: torch.device) -> bool:

@@ -155,32 +155,33 @@ def make_side(spec: PackSpec, terms: list[Term], delta: Tensor | None, device: t
     cuts = [plan_part(part, shapes) for part in spec.parts]
     if not any(cuts) and delta is None:
         return None
-    # In their own type to the device: fewer bytes to move.
-    moved = [(t.up.to(device), t.down.to(device)) for t in terms]
-    columns = tuple(
-        None if cut is None else _fill(part, cut, terms, moved, device, dtype) for part, cut in zip(spec.parts, cuts, strict=True)
-    )
+    # All that stays is allocated before anything that goes: the allocator wastes up to 1 MB of a hole that is filled again.
+    columns = tuple(None if cut is None else _empty(part, cut, device, dtype) for part, cut in zip(spec.parts, cuts, strict=True))
+    for i, term in enumerate(terms):
+        up, down = term.up.to(device), term.down.to(device)  # in their own type: fewer bytes to move
+        for part, cut, place in zip(spec.parts, cuts, columns, strict=True):
+            if cut is not None and place is not None:
+                _fill(part, cut, place, term, cut.places[i], up, down)
     return Side(columns, None if delta is None else delta.to(device, dtype))
 
 
-def _fill(
-    part: PartSpec, cut: Cut, terms: list[Term], moved: list[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
-) -> Columns:
+def _empty(part: PartSpec, cut: Cut, device: torch.device, dtype: torch.dtype) -> Columns:
     down = torch.zeros(part.k_padded, len(cut.segments) * cut.rank, dtype=dtype, device=device)
-    up = torch.zeros(part.n_padded, cut.rank, dtype=dtype, device=device)
-    ends = (*cut.segments[1:], part.n)
-    for term, (factor, projection), places in zip(terms, moved, cut.places, strict=True):
-        r, n, k, row, col = shape_of(term)
-        first_k, end_k = max(col, part.col_offset), min(col + k, part.col_offset + part.k)
-        for i, place in enumerate(places):
-            if place is None:
-                continue
-            first, end = max(cut.segments[i], row - part.row_offset), min(ends[i], row + n - part.row_offset)
-            at = i * cut.rank + place
-            target = down[first_k - part.col_offset : end_k - part.col_offset, at : at + r]
-            target.copy_(projection[:, first_k - col : end_k - col].t())
-            rows = slice(first + part.row_offset - row, end + part.row_offset - row)
-            # The scale is folded into up, rounded once; straight into place, since the allocator wastes much of what temporaries leave.
-            same = factor[rows] if factor.dtype == dtype else factor[rows].float()
-            torch.mul(same, term.scale, out=up[first:end, place : place + r])
-    return Columns(down, up, cut.segments)
+    return Columns(down, torch.zeros(part.n_padded, cut.rank, dtype=dtype, device=device), cut.segments)
+
+
+def _fill(part: PartSpec, cut: Cut, columns: Columns, term: Term, places: tuple[int | None, ...], up: Tensor, down: Tensor) -> None:
+    """Writes a term to its places; up and down are its factors on the columns' device."""
+    r, n, k, row, col = shape_of(term)
+    first_k, end_k = max(col, part.col_offset), min(col + k, part.col_offset + part.k)
+    for first, end, place, segment in zip(cut.segments, (*cut.segments[1:], part.n), places, range(len(places)), strict=True):
+        if place is None:
+            continue
+        first, end = max(first, row - part.row_offset), min(end, row + n - part.row_offset)
+        at = segment * cut.rank + place
+        target = columns.down[first_k - part.col_offset : end_k - part.col_offset, at : at + r]
+        target.copy_(down[:, first_k - col : end_k - col].t())
+        rows = up[first + part.row_offset - row : end + part.row_offset - row]
+        # The scale is folded into up, rounded once.
+        same = rows if rows.dtype == columns.up.dtype else rows.float()
+        torch.mul(same, term.scale, out=columns.up[first:end, place : place + r])

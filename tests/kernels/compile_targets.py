@@ -107,8 +107,7 @@ def quantize_variant(
 ) -> Variant:
     """lowrank: type of the result, which one piece writes itself. extra: ranks of further columns."""
     tile = quantize_tile(target, dtype, rows, k, kind in ("int", "half"))
-    block = quantize.rank_block(ranks, tile)
-    extra_block = quantize.rank_block(extra, tile, block)
+    block, extra_block, _ = quantize.rank_blocks(ranks, extra, tile)
     wide = {"plain": plain_dtype(dtype), "nvfp4": plain_dtype(dtype), "half": torch.float16}
     codes = wide.get(kind, torch.uint8 if byte_codes else torch.int8)
     types = dict.fromkeys(quantize._quantize.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
@@ -126,7 +125,8 @@ def quantize_variant(
     }  # fmt: skip
     narrow = tile.bm < 64 and target.name.startswith("sm_")  # too few rows for the newer instructions
     wanted = r"mma\.sync\S+\.bf16" if narrow else instruction(target, "bf16")
-    return Variant(f"smooth_quantize {name}", quantize._quantize, types, constants, tile.warps, 3, (wanted,) if ranks else ())
+    registers = quantize.most_registers(target, dtype, block, extra_block)
+    return Variant(f"smooth_quantize {name}", quantize._quantize, types, constants, tile.warps, 3, (wanted,) if ranks else (), registers)
 
 
 def statistics_variant(name, target, dtype, *, norm, amax, k=3072, unsigned=False) -> Variant:
@@ -170,9 +170,8 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, extra
 def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, extra=0, peak=0, **flags) -> list[Variant]:
     """The product of kind "row", "half" or "plain" with 3072 outputs, in the tiles of every band."""
     tf32 = not (kind == "row" and dtype == torch.bfloat16 and pair == "bf16")
-    step = matmul.rank_step(rank, wide.RANKS_A_STEP)
-    extra_step = matmul.rank_step(extra, wide.RANKS_A_STEP)
-    early, extra_early = wide.hold_early(kind, tf32, bool(flags.get("GATE")), rank, extra)
+    step, extra_step = wide.ranks_a_step(rank, tf32), wide.ranks_a_step(extra, tf32)
+    fetch, extra_fetch = wide.fetches(kind, tf32, bool(flags.get("GATE")), rank, extra)
     element, operands = {"row": ("fp8e4nv", "e4m3"), "half": ("fp16", "fp16"), "plain": ("bf16", "bf16")}[kind]
     kernel = wide._w4_matmul_wide
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("bias", "out", "residual", "gate"), POINTERS[dtype])
@@ -184,13 +183,13 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, extra=0, p
         sources = {"w_from": (element, tile.bn, tile.bk), "x_from": (element, tile.bm, tile.bk)}
         sources |= {"up": (pair, tile.bn, step), "lowrank": ("fp32" if tf32 else "bf16", tile.bm, step)}
         sources |= {"extra_up": (pair, tile.bn, extra_step), "extra": ("fp32" if tf32 else "bf16", tile.bm, extra_step)}
-        plain = (("up", "lowrank") if early else ()) + (("extra_up", "extra") if extra_early or not extra else ())
+        plain = (("up", "lowrank") if fetch != "steps" else ()) + (("extra_up", "extra") if extra_fetch != "steps" or not extra else ())
         for argument, (stored, rows, cols) in sources.items():
             pointer = argument in plain or not target.copy_engine
             sources[argument] = f"*{stored}" if pointer else f"tensordesc<{stored}[{rows}, {cols}]>"
         constants = {
-            "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "EARLY": early, "TF32": tf32,
-            "XB": extra_step, "EXTRA_EARLY": extra_early,
+            "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "FETCH": fetch, "TF32": tf32,
+            "XB": extra_step, "EXTRA_FETCH": extra_fetch,
             "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": wide.GROUP_M[kind], "PIECES": tile.pieces,
             "PEAK": peak, "BLOCK": BLOCK, "PTX": rounding.has_pairs(target), "COPY_ENGINE": target.copy_engine, "EMULATE": False,
             **{n: bool(flags.get(n)) for n in SWITCHES},
@@ -270,6 +269,10 @@ def e4m3_variants(target: Target) -> list[Variant]:
         *wide_variants("fast, lora 32", target, bf16, "row", extra=32),
         *wide_variants("fast, gelu, peak, lora 64", target, bf16, "row", peak=1, GELU=True, extra=64),
         *wide_variants("fast, shift, gate, lora 32", target, bf16, "row", HAS_SHIFT=True, extra=32, **endings),
+        *wide_variants("fast, rank 128, gelu, peak, lora 128", target, bf16, "row", peak=1, GELU=True, rank=128, extra=128),
+        quantize_variant("fast, norm, lora 32", target, bf16, "e4m3", 0, True, norm=True, extra=32),
+        quantize_variant("fast, norm, lora 128", target, bf16, "e4m3", 0, True, norm=True, extra=128),
+        quantize_variant("fast, K 12288, lora 128", target, bf16, "e4m3", 0, True, norm=False, k=12288, extra=128),
         *wide_variants("exact, gate, lora 32", target, bf16, "half", extra=32, **endings),
         quantize_variant("fast, norm, lora 4 x 32", target, bf16, "e4m3", 0, True, norm=True, ranks=64, extra=128),
         quantize_variant("exact wide, norm, rank 128, lora 64", target, bf16, "half", 7, True, norm=True, ranks=128, extra=64),
