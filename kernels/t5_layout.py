@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,11 +71,38 @@ def check_size(n: int, k: int) -> None:
 
 @dataclass(frozen=True)
 class T5Spec:
-    """The layout of one linear. Hashable."""
+    """The layout of one linear. Hashable.
+
+    The constants are what a LoRA's columns are planned by: the linear is its own only part, and nothing is padded.
+    """
 
     n: int
     k: int
     scale_dtype: torch.dtype
+
+    row_offset: ClassVar[int] = 0
+    col_offset: ClassVar[int] = 0
+    act_unsigned: ClassVar[bool] = False
+
+    @property
+    def parts(self) -> tuple[T5Spec]:
+        return (self,)
+
+    @property
+    def out_features(self) -> int:
+        return self.n
+
+    @property
+    def in_features(self) -> int:
+        return self.k
+
+    @property
+    def n_padded(self) -> int:
+        return self.n
+
+    @property
+    def k_padded(self) -> int:
+        return self.k
 
     @property
     def fields(self) -> dict[str, Field]:

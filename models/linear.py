@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..kernels import layout
 from ..kernels.norm_modulate import Norm, norm_modulate
+from ..kernels.t5_layout import T5Spec
 from ..kernels.targets import resolve_compute
 from ..kernels.w4_matmul import Finish, Peak, finds_peak, quantize_for, w4_matmul
 from ..kernels.w4a16_linear import w4a16_linear
@@ -62,6 +63,42 @@ class Leaf(nn.Module):
     def side_tensors(self) -> list[Tensor]:
         """What lies beside the weight and is computed with."""
         return []
+
+
+class PackedLeaf(Leaf):
+    """A linear whose weight is packed bytes: the host moves them and never rewrites them, and LoRA runs beside them.
+
+    spec: has out_features, in_features and the parts that LoRA's columns are planned by (models/lora.py).
+    """
+
+    def __init__(self, spec: layout.PackSpec | T5Spec, weight: Tensor, bias: Tensor | None, runtime: Runtime):
+        super().__init__(runtime)
+        self.spec = spec
+        self.out_features, self.in_features = spec.out_features, spec.in_features
+        self.weight, self.bias = parameter(weight), parameter(bias)
+        self._side: Side | None = None
+
+    def set_side(self, side: Side | None) -> None:
+        """Replaces what lies beside the 4-bit weight; None removes it."""
+        self._side = side
+
+    @property
+    def has_side(self) -> bool:
+        return self._side is not None
+
+    def side_tensors(self) -> list[Tensor]:
+        return [] if self._side is None else self._side.tensors()
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
+        """The host's hook for reading a packed weight: bytes, perhaps cast to fp32 (which is exact) -> dense fp32 [N, K]."""
+        raise NotImplementedError
+
+    def set_weight(self, weight: Tensor, *args: object, **kwargs: object) -> None:
+        """The host's hook for writing a merged weight back: refused, since nothing is re-quantised behind the user's back."""
+        raise RuntimeError(
+            "A 4-bit weight cannot be overwritten by a dense one. LoRA and merge patches are applied beside it by the model's own patcher: "
+            "use the model that the loader returned, or merge into the dense file that `python -m tonfa dequantize` writes."
+        )
 
 
 def parameter(tensor: Tensor | None) -> nn.Parameter | None:
@@ -126,7 +163,7 @@ def resolved(compute: str, device: torch.device) -> str:
     return resolve_compute(compute, device)
 
 
-class PackedLinear(Leaf):
+class PackedLinear(PackedLeaf):
     """A host linear in 4 bit.
 
     `weight`: uint8 [spec.nbytes], the packed layout of kernels/layout.py. `bias`: [N] in the file's type (fp32 for modulation layers), so
@@ -134,27 +171,15 @@ class PackedLinear(Leaf):
     """
 
     def __init__(self, spec: layout.PackSpec, weight: Tensor, bias: Tensor | None, runtime: Runtime):
-        super().__init__(runtime)
-        self.spec, self.handle = spec, spec_handle(spec)
-        self.out_features, self.in_features = spec.out_features, spec.in_features
+        super().__init__(spec, weight, bias, runtime)
+        self.handle = spec_handle(spec)
         self.is_modulation = spec.parts[0].precision == "w4a16"
-        self.weight, self.bias = parameter(weight), parameter(bias)
         self._fits_fp16: bool | None = None
-        self._side: Side | None = None
         self._views: tuple[int, list[layout.PartView]] | None = None  # address of the weight they look at
 
-    # -- side (LoRA) ------------------------------------------------------------------------------------------------------------
-
     def set_side(self, side: Side | None) -> None:
-        """Replaces what lies beside the 4-bit weight; None removes it."""
-        self._side, self._views = side, None
-
-    @property
-    def has_side(self) -> bool:
-        return self._side is not None
-
-    def side_tensors(self) -> list[Tensor]:
-        return [] if self._side is None else self._side.tensors()
+        super().set_side(side)
+        self._views = None
 
     def fuses_side(self, compute: str) -> bool:
         """Whether the kernels take all of the side: columns they do, but torch's product with the dense weight does not."""
@@ -258,15 +283,7 @@ class PackedLinear(Leaf):
         return dense_form(self.spec, layout.views(self.spec, self.weight), self.bias)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
-        """The host's hook for reading a packed weight: bytes, perhaps cast to fp32 (which is exact) -> dense fp32 [N, K]."""
         return dense_form(self.spec, layout.views(self.spec, weight.to(torch.uint8)), None)[0]
-
-    def set_weight(self, weight: Tensor, *args: object, **kwargs: object) -> None:
-        """The host's hook for writing a merged weight back: refused, since nothing is re-quantised behind the user's back."""
-        raise RuntimeError(
-            "A 4-bit weight cannot be overwritten by a dense one. LoRA and merge patches are applied beside it by the model's own patcher: "
-            "use the MODEL that the loader returned, or merge into the dense file that `python -m tonfa dequantize` writes."
-        )
 
 
 Linear = PackedLinear | PlainLinear

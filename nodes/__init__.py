@@ -15,6 +15,11 @@ FAMILIES: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
         "NunchakuFluxLoraStack": ("NunchakuFluxLoraStack", "Nunchaku FLUX LoRA Stack", ("MODEL",)),
         "SVDQuantFluxLoraLoader": ("SVDQuantFluxLoraLoader", "SVDQuant FLUX LoRA Loader (old name)", ("MODEL",)),
     },
+    "text_encoder": {
+        "NunchakuTextEncoderLoaderV2": ("NunchakuTextEncoderLoaderV2", "Nunchaku Text Encoder Loader V2", ("CLIP",)),
+        "NunchakuTextEncoderLoader": ("NunchakuTextEncoderLoader", "Nunchaku Text Encoder Loader (Deprecated)", ("CLIP",)),
+        "SVDQuantTextEncoderLoader": ("SVDQuantTextEncoderLoader", "SVDQuant Text Encoder Loader (old name)", ("CLIP",)),
+    },
 }
 MEND = (
     "Update ComfyUI-Tonfa and ComfyUI, restart, and if it stays, run `python custom_nodes/ComfyUI-Tonfa doctor` with ComfyUI's Python: "

@@ -68,13 +68,21 @@ def bare_name(name: str) -> str:
     return re.sub(r"\.q?weight$", "", name)
 
 
+def clip_name(names: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What a CLIP text encoder with these tensor names and shapes is, as the end of "... is "; None for anything else."""
+    layers = {n.split(".")[3] for n in names if n.startswith("text_model.encoder.layers.")}
+    width = next((s[-1] for n, s in names.items() if n.endswith("mlp.fc1.weight") and s), 0)
+    if not layers:  # OpenCLIP's names
+        layers = {n.split(".")[2] for n in names if n.startswith("transformer.resblocks.")}
+        width = next(iter(names.get("transformer.resblocks.0.ln_1.weight", ())), 0)
+    return f"a {_CLIP.get((len(layers), width), 'CLIP')} text encoder ({len(layers)} layers of {width} channels)" if layers else None
+
+
 def what_encoder(names: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str | None:
     """What a file with these tensor names and shapes is, as the end of "... is "; None for a T5 encoder of version 1.1."""
     blocks = [n for n in names if _BLOCK.match(n)]
-    if any(n.startswith("text_model.encoder.layers.") for n in names):
-        layers = len({n.split(".")[3] for n in names if n.startswith("text_model.encoder.layers.")})
-        width = next((s[-1] for n, s in names.items() if n.endswith("mlp.fc1.weight") and s), 0)
-        return f"a {_CLIP.get((layers, width), 'CLIP')} text encoder ({layers} layers of {width} channels), no T5"
+    if clip := clip_name(names):
+        return f"{clip}, no T5"
     if not any("SelfAttention" in n or "DenseReluDense" in n for n in blocks):
         return identify(dict(names), metadata).what + ", no T5 text encoder"
     if any(n.endswith("relative_attention_bias.weight") and n != BIAS for n in blocks):

@@ -13,7 +13,7 @@ import comfy.weight_adapter as adapters
 import torch
 from torch import Tensor
 
-from ...models.linear import PackedLinear
+from ...models.linear import PackedLeaf
 from ...models.lora import Shape, Side, Term, make_side, planned_nbytes, shape_of
 from .factors import FORMS, factors, product_size
 from .low_rank import low_rank_form
@@ -30,7 +30,7 @@ class Plan:
     nbytes: int = 0  # at most
 
 
-def plan_branch(module: PackedLinear, key: str, patches: list[Patch], itemsize: int) -> Plan:
+def plan_branch(module: PackedLeaf, key: str, patches: list[Patch], itemsize: int) -> Plan:
     """The plan of a layer's patches, for numbers of `itemsize` bytes."""
     kept, refused, n, k = [], [], module.out_features, module.in_features
     for patch in active(patches):
@@ -60,7 +60,7 @@ def exact_shape(patch: Patch, key: str, n: int, k: int) -> Shape | None:
     return (rank, rows, columns, row, column) if small and kept == 1.0 and function is None else None
 
 
-def make_branch(module: PackedLinear, key: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Side | None, list[str]]:
+def make_branch(module: PackedLeaf, key: str, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Side | None, list[str]]:
     """The side of a layer's patches, on `device` in `dtype`, None when they change nothing; and what could not be applied, in sentences."""
     weight, refused = Sum(module, device), list(plan.refused)
     for patch, shape in plan.patches:
@@ -79,7 +79,7 @@ def make_branch(module: PackedLinear, key: str, plan: Plan, device: torch.device
 class Sum:
     """What the patches that have been applied so far add to a layer's weight: exact products, and a delta for the rest."""
 
-    def __init__(self, module: PackedLinear, device: torch.device):
+    def __init__(self, module: PackedLeaf, device: torch.device):
         self.module, self.device = module, device
         self.terms: list[Term] = []
         self.delta: Tensor | None = None
@@ -148,7 +148,7 @@ def reads_weight(patch: Patch) -> bool:
     return form is None or isinstance(value, adapters.GLoRAAdapter) or value.weights[form.dora] is not None
 
 
-def merged_weight(module: PackedLinear, key: str, patches: list[Patch], device: torch.device | None = None) -> Tensor:
+def merged_weight(module: PackedLeaf, key: str, patches: list[Patch], device: torch.device | None = None) -> Tensor:
     """fp32 [N, K]: the dense weight with the patches that can be applied, on `device` or where the packed one lies."""
     layer = Sum(module, module.weight.device if device is None else device)
     weight = layer.base()

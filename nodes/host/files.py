@@ -13,6 +13,7 @@ LEGACY_FILE = "transformer_blocks.safetensors"  # its presence makes a folder a 
 EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 PRECISION = re.compile(r"(int4|fp4|nvfp4)(_r\d+)?(?=-|$)")
 MOST_NAMED, MOST_TRIED = 6, 3
+GGUF_LOADERS = {"diffusion_models": "Unet Loader (GGUF)", "text_encoders": "DualCLIPLoader (GGUF)"}
 OTHER_CASE = "the same name in other upper and lower case"
 
 
@@ -31,6 +32,7 @@ class Shelf:
 
 
 MODELS = Shelf("diffusion_models", "model", "a SVDQuant FLUX checkpoint", "model_path", kin=True)
+TEXT_ENCODERS = Shelf("text_encoders", "text encoder", "clip_l.safetensors and a T5-XXL file", "text_encoder1")
 LORAS = Shelf("loras", "LoRA", "a LoRA file", "lora_name")
 
 
@@ -121,8 +123,8 @@ def not_found(wanted: str, names: Sequence[str], shelf: Shelf) -> str:
     if near:
         there = f"The nearest names there: {', '.join(near)}. Choose one in {shelf.widget}."
     said = f"{shelf.what[0].upper()}{shelf.what[1:]} '{wanted}' is not in ComfyUI's {shelf.folder} folders. {there}"
-    if wanted.lower().endswith(".gguf") and shelf.kin:
-        return f"{said} A .gguf file is not for this node: load it with 'Unet Loader (GGUF)' of the pack ComfyUI-GGUF."
+    if wanted.lower().endswith(".gguf") and shelf.folder in GGUF_LOADERS:
+        return f"{said} A .gguf file is not for this node: load it with '{GGUF_LOADERS[shelf.folder]}' of the pack ComfyUI-GGUF."
     tried = [base for base in dict.fromkeys(base for base, _ in spellings(base_name(wanted), shelf)) if base != wanted]
     return f"{said} (Also tried: {', '.join(tried[:MOST_TRIED])}.)" if tried else said
 
@@ -178,6 +180,44 @@ def lora_path(name: str) -> str:
     if full is None:
         raise FileNotFoundError(f"LoRA '{name}' was listed but is gone from ComfyUI's loras folders. Refresh (key R) and choose again.")
     return full
+
+
+def text_encoder_names() -> list[str]:
+    """What the host lists as text encoders."""
+    import folder_paths
+
+    return folder_paths.get_filename_list("text_encoders")
+
+
+def text_encoder_path(name: str) -> str:
+    """Full path of an entry of `text_encoder_names`."""
+    import folder_paths
+
+    full = folder_paths.get_full_path("text_encoders", name)
+    if full is None:
+        raise FileNotFoundError(
+            f"Text encoder '{name}' was listed but is gone from ComfyUI's text_encoders folders. Refresh (key R) and choose again."
+        )
+    return full
+
+
+def text_encoder_folders() -> list[str]:
+    """Sub-folders of the host's text-encoder folders that hold .safetensors files (the deprecated loader's 4-bit T5)."""
+    files = [slashes(name) for name in text_encoder_names() if name.lower().endswith(".safetensors")]
+    return sorted({name.rsplit("/", 1)[0] for name in files if "/" in name})
+
+
+def text_encoder_folder(name: str) -> str:
+    """Full path of an entry of `text_encoder_folders`."""
+    import folder_paths
+
+    for root in folder_paths.get_folder_paths("text_encoders"):
+        full = os.path.join(root, *slashes(name).split("/"))
+        if os.path.isdir(full):
+            return full
+    known = text_encoder_folders()
+    there = f"The folders there: {', '.join(known)}." if known else "There is no folder there."
+    raise FileNotFoundError(f"Folder '{name}' is not in ComfyUI's text_encoders folders. {there} Choose one in int4_model.")
 
 
 def identity(path: str) -> tuple:

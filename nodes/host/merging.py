@@ -16,23 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.layout import views
-from ...models.linear import PackedLinear
+from ...models.linear import PackedLeaf, PackedLinear
 from .branches import merged_weight
 from .patches import Patch, caught, completed, is_kind
 from .sides import Sides
 
 
 class MergingPatcher(comfy.model_patcher.ModelPatcher):
-    """A ModelPatcher of a model with PackedLinear leaves, as far as single weights are concerned."""
+    """A ModelPatcher of a model with packed leaves, as far as single weights are concerned."""
 
-    _packed: tuple[nn.Module, dict[str, PackedLinear]] | None = None
+    _packed: tuple[nn.Module, dict[str, PackedLeaf]] | None = None
     _hidden: dict[str, list[Patch]] | None = None  # patches on packed keys, while the host's own code is not to see them
 
     @property
-    def packed(self) -> dict[str, PackedLinear]:
+    def packed(self) -> dict[str, PackedLeaf]:
         """State-dict key of the weight -> leaf. The leaves are fixed once the model is built, so they are looked up once."""
         if self._packed is None or self._packed[0] is not self.model:  # newer hosts give a clone another model
-            self._packed = self.model, {f"{n}.weight": m for n, m in self.model.named_modules() if isinstance(m, PackedLinear)}
+            self._packed = self.model, {f"{n}.weight": m for n, m in self.model.named_modules() if isinstance(m, PackedLeaf)}
         return self._packed[1]
 
     @property
@@ -52,7 +52,7 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
     def compute_dtype(self) -> torch.dtype:
         return self.model.manual_cast_dtype or self.model.get_dtype()
 
-    def shifted(self, key: str) -> PackedLinear | None:
+    def shifted(self, key: str) -> PackedLeaf | None:
         """The layer whose bias a key is, if its stored bias is not the plain layer's."""
         module = self.packed.get(key.removesuffix("bias") + "weight") if key.endswith(".bias") else None
         return module if module is not None and shifts_input(module) else None
@@ -233,7 +233,7 @@ def dense_for_saving(model: nn.Module, saved: dict[str, Tensor], prefix: str, dt
 # -- biases of layers that shift their input --------------------------------------------------------------------------------------------
 
 
-def shifts_input(module: PackedLinear) -> bool:
+def shifts_input(module: PackedLeaf) -> bool:
     """Whether a layer adds a constant to its input, which its stored bias takes back (INT4 layers fed by a GELU)."""
     return module.bias is not None and any(part.act_unsigned for part in module.spec.parts)
 

@@ -29,7 +29,7 @@ Hooked = dict[str, Side | None]
 
 
 class TonfaPatcher(MergingPatcher):
-    """A ModelPatcher for models with PackedLinear leaves. Signatures take what any host version passes."""
+    """A ModelPatcher for models with packed leaves. Signatures take what any host version passes."""
 
     cached_patcher_init: tuple | None = None
     _planned: tuple[tuple, dict[str, Plan]] | None = None
@@ -200,6 +200,7 @@ class TonfaPatcher(MergingPatcher):
 
     @property
     def _graphs(self) -> Graphs:
+        """Where the model's blocks are recorded."""
         return self.model.diffusion_model.runtime.graphs
 
     # -- weight hooks -----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...models.linear import PackedLinear
+from ...models.linear import PackedLeaf
 from ...models.lora import Side
 from .branches import Plan
 from .exchange import is_loaded
@@ -33,7 +33,7 @@ class Sides:
     are on, where hooks touch a key. `host` is what the host's own code has merged meanwhile: see exchange.py.
     """
 
-    packed: dict[str, PackedLinear]
+    packed: dict[str, PackedLeaf]
     own: dict[str, Made] = field(default_factory=dict)
     hooked: dict[str, Side | None] = field(default_factory=dict)
     host: dict[str, object] = field(default_factory=dict)
