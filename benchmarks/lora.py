@@ -20,9 +20,8 @@ import time
 
 import torch
 from safetensors.torch import save_file
-from timing import GIB, Report, Timer, gpu_sleep, heading, into_page_cache, load_ours, need_gpu, on_gpu, start_host, step_inputs, sync
+from timing import GIB, MIB, Report, Timer, gpu_sleep, heading, into_page_cache, load_ours, need_gpu, on_gpu, start_host, step_inputs, sync
 
-MIB = 1024**2
 WARMUPS = 3
 
 

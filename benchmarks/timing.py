@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 
 import torch
 
-GIB = 1024**3
+MIB, GIB = 1024**2, 1024**3
 LONG_SLEEP, SHORT_SLEEP = 4_000_000, 600_000  # GPU cycles, about 2 ms and 0.3 ms
 FLUSH_BYTES = 256 << 20  # more than any L2
 
