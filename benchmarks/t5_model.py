@@ -85,13 +85,10 @@ class Bench:
     def load(self, t5: str) -> object:
         from tonfa.nodes.text_encoder import NunchakuTextEncoderLoaderV2
 
-        with torch.inference_mode():
-            return NunchakuTextEncoderLoaderV2().load_text_encoder("flux.1", CLIP, t5, 256)[0]
+        return NunchakuTextEncoderLoaderV2().load_text_encoder("flux.1", CLIP, t5, 256)[0]
 
     def four_bit(self) -> object:
         """The 4-bit encoder on the GPU, with its limits of time and memory."""
-        import comfy.model_management
-
         for name in (CLIP, FOUR):
             into_page_cache(self.path(name))
         torch.ones(8, 8, device=self.device) @ torch.ones(8, 8, device=self.device)  # a CUDA context and cuBLAS
@@ -103,35 +100,33 @@ class Bench:
         self.report.check("anonymous memory added while loading", watch.stop() / GIB, 3.3, "GiB")
         if on_gpu():
             torch.cuda.empty_cache()
-            before = torch.cuda.memory_allocated()
+            before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
             start = time.perf_counter()
             clip.load_model()
             sync()
-            print(f"to the GPU in {time.perf_counter() - start:.2f} s", flush=True)
+            took, reserved = time.perf_counter() - start, torch.cuda.memory_reserved() - reserved
+            print(f"to the GPU in {took:.2f} s, memory asked of the driver {reserved / GIB:.3f} GiB", flush=True)
             self.report.check("weights on the GPU with CLIP-L", (torch.cuda.memory_allocated() - before) / GIB, 2.8, "GiB")
             torch.cuda.reset_peak_memory_stats()
             self.encode(clip, 512)
             print(f"peak while encoding 512 tokens {(torch.cuda.max_memory_allocated() - before) / GIB:.2f} GiB", flush=True)
             grown = torch.cuda.memory_allocated() - before
             print(f"host counts {clip.patcher.loaded_size() / MIB:.0f} MiB, the allocator {grown / MIB:.0f}", flush=True)
-        comfy.model_management.throw_exception_if_processing_interrupted()
         return clip
 
     def encode(self, clip: object, length: int) -> Tensor:
         tokens = clip.tokenize(PROMPT, tokenizer_options={"t5xxl_min_length": length})
-        with torch.inference_mode():
-            return clip.encode_from_tokens(tokens)
+        return clip.encode_from_tokens(tokens)
 
     def t5_ms(self, clip: object, length: int, repeats: int = 12) -> float:
         """The T5 alone, as the encoder runs it."""
         tokens = [[(t, 1.0) for t, *_ in row] for row in clip.tokenize(PROMPT, tokenizer_options={"t5xxl_min_length": length})["t5xxl"]]
         encoder, timers = clip.load_model().model.t5xxl, []
-        with torch.inference_mode():
-            for i in range(repeats + 3):
-                gpu_sleep(1_000_000)
-                with Timer() as timer:
-                    encoder.encode_token_weights(tokens)
-                timers += [timer] if i >= 3 else []
+        for i in range(repeats + 3):
+            gpu_sleep(1_000_000)
+            with Timer() as timer:
+                encoder.encode_token_weights(tokens)
+            timers += [timer] if i >= 3 else []
         sync()
         return statistics.median(t.ms() for t in timers)
 
@@ -150,6 +145,7 @@ def dequantised(clip: object, four: object) -> None:
 
 def run(o: argparse.Namespace, report: Report, device: str) -> None:
     import comfy.model_management
+    import comfy.sd  # noqa: F401  long there when a node is run
     import folder_paths
 
     os.makedirs(o.folder, exist_ok=True)
@@ -185,7 +181,8 @@ def main() -> int:
     o.folder = os.path.abspath(o.folder)
     device = need_gpu(o.cpu)
     report = Report(heading(start_host()), o.json)
-    run(o, report, device)
+    with torch.inference_mode():
+        run(o, report, device)
     return report.close()
 
 

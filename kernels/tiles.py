@@ -71,7 +71,7 @@ def quantize_tile(target: Target, dtype: torch.dtype, rows: int, k: int, grouped
         bm, warps, stages = 16, 8 if narrow else 4, 2
     if rows <= 32:
         bm = 16
-    ranks = (160 if family == "hopper" else 64) if dtype == torch.bfloat16 else 16  # more would spill registers beside a norm
+    ranks = (192 if family == "hopper" else 64) if dtype == torch.bfloat16 else 16  # more would spill registers beside a norm
     bk = 32 if family == "rdna" and narrow and not grouped else 64
     return Tile(ranks, bm, bk, warps, stages, max(1, min(528 // max(-(-rows // bm), 1), k // 256, QUANTIZE_PIECES)))
 

@@ -64,6 +64,7 @@ class NunchakuTextEncoderLoaderV2:
 
         if not str(model_type).startswith("flux"):
             raise ValueError(f"{self.TITLE}: model_type is '{model_type}'; this node loads the text encoders of FLUX.1 (flux.1) only.")
+        least = tokens(length)
         teach_stock_nodes()
         slots = [Slot(widget, *find(name, widget)) for widget, name in (("text_encoder1", first), ("text_encoder2", second))]
         folder = None
@@ -74,7 +75,7 @@ class NunchakuTextEncoderLoaderV2:
             self._key = self._clip = None
             self._clip = load_clip(sort_out(*slots, folder))
             self._key = key
-        return with_min_length(self._clip, tokens(length))
+        return with_min_length(self._clip, least)
 
 
 class NunchakuTextEncoderLoader(NunchakuTextEncoderLoaderV2):
@@ -145,7 +146,10 @@ def find(asked: str, widget: str) -> tuple[str, str]:
     """(name, path) of the file that a saved name means today; one log line when that is not the very entry."""
     from .host.files import TEXT_ENCODERS, resolve, text_encoder_names, text_encoder_path
 
-    found = resolve(asked, text_encoder_names(), replace(TEXT_ENCODERS, widget=widget))
+    try:
+        found = resolve(asked, text_encoder_names(), replace(TEXT_ENCODERS, widget=widget))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{widget}: {error}") from error
     if found.how is not None:
         log.warning("%s: '%s' is not here; using '%s' (%s).", widget, asked, found.name, found.how)
     return found.name, text_encoder_path(found.name)
@@ -155,5 +159,5 @@ def tokens(length: object) -> int:
     """t5_min_length as saved graphs and links bring it. Raises ValueError naming the input."""
     try:
         return max(int(length), 1)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"t5_min_length is {length!r}; it must be a number of tokens, such as 512.") from error

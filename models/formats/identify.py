@@ -18,7 +18,7 @@ class Kind:
 
 
 # Loaders of the original pack that this version lacks. A test holds this list against the node maps, so it cannot outlive its truth.
-NOT_YET = ("NunchakuQwenImageDiTLoader", "NunchakuZImageDiTLoader", "NunchakuTextEncoderLoaderV2")
+NOT_YET = ("NunchakuQwenImageDiTLoader", "NunchakuZImageDiTLoader")
 ABSENT = "is not in this version of ComfyUI-Tonfa"
 
 
@@ -46,8 +46,7 @@ _SVDQ = [  # (family, pattern, what, advice); first match wins, tested on names 
         "t5",
         r"encoder\.block\.\d+\.",
         "a 4-bit (AWQ) T5 text encoder",
-        _loader("NunchakuTextEncoderLoaderV2", "Nunchaku Text Encoder Loader V2")
-        + " Take an ordinary T5 file (t5xxl_fp16 or t5xxl_fp8_e4m3fn) with the stock node DualCLIPLoader.",
+        f"It belongs into models/text_encoders. {_loader('NunchakuTextEncoderLoaderV2', 'Nunchaku Text Encoder Loader V2')}",
     ),
     (
         "sana",
@@ -67,6 +66,10 @@ _UNET_LOADER = "load it with the stock 'Load Diffusion Model' node (UNETLoader)"
 _STOCK = f"It is not quantised by SVDQuant; {_UNET_LOADER}."
 _WHOLE = "It is not quantised by SVDQuant; load it with the stock 'Load Checkpoint' node (CheckpointLoaderSimple)."
 _TEXT = "Load it with the stock node DualCLIPLoader."
+_T5 = (
+    "It belongs into models/text_encoders. Load it with the stock node DualCLIPLoader or with NunchakuTextEncoderLoaderV2 (Nunchaku Text "
+    "Encoder Loader V2)."
+)
 _LORA_ADVICE = (
     "Load it behind the model loader, with the stock node LoraLoaderModelOnly or with NunchakuFluxLoraLoader (Nunchaku FLUX LoRA Loader)."
 )
@@ -97,7 +100,7 @@ _PLAIN = [  # the same for files without .qweight, a prefix like "model.diffusio
         _STOCK,
     ),
     ("z-image-plain", r"layers\.\d+\.(attention|adaLN_modulation)\.", "an ordinary (16- or 8-bit) Z-Image or Lumina model", _STOCK),
-    ("t5", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight$", "an ordinary T5 text encoder", _TEXT),
+    ("t5", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight$", "an ordinary T5 text encoder", _T5),
     ("clip", r"text_model\.encoder\.layers\.", "a CLIP text encoder", _TEXT),
     ("vae", r"(decoder|encoder)\.(conv_in|mid|up|down)", "a VAE", "Load it with the stock 'Load VAE' node."),
     ("unet", r"(input_blocks|down_blocks)\.\d+\.", "an ordinary Stable Diffusion UNet", _STOCK),

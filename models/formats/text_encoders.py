@@ -9,6 +9,7 @@ from .t5 import T5Dims, clip_name, t5_dims, what_encoder
 from .tensorfile import CheckpointError
 
 _QUANTISED = re.compile(r"\.(comfy_quant|weight_scale|weight_scale_2|quant_state\S*|absmax)$")
+_PICTURES = ("vision_model.", "visual.")  # the other half of a whole CLIP, which the host leaves out
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Encoder:
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], where: str) -> Encoder:
     """The encoder with these tensors. Raises CheckpointError, beginning with `where`, for a T5 of 16 or 8 bit that is not whole."""
-    clip = clip_name(shapes)
+    clip = clip_name({name: shape for name, shape in shapes.items() if not name.startswith(_PICTURES)})
     if clip is not None:
         return Encoder("clip_l" if clip.startswith("a CLIP-L") else "other", clip)
     if is_awq_t5(shapes, metadata):

@@ -18,6 +18,7 @@ import torch
 from ...models.graphs import Graphs
 from ...models.linear import Leaf
 from ...models.lora import Side
+from ...models.segments import prepare
 from .branches import Plan, make_branch, plan_branch
 from .exchange import bound_to_stay, complete, exchange, is_loaded, merged
 from .merging import MergingPatcher
@@ -99,9 +100,11 @@ class TonfaPatcher(MergingPatcher):
         budget, used, limit = lowvram_model_memory, self.model.model_loaded_weight_memory, lowvram_model_memory + self.sides.nbytes()
         with self._hiding():
             weights = self.model_size()
+        sides = self.sides.sizes(self.plans)[0]
+        if device_to is not None and (not budget or budget >= weights + sides):  # all of it
+            prepare(torch.device(device_to), weights - used)
         if budget:
-            share = weights / (weights + self.sides.sizes(self.plans)[0])
-            budget = max(used + (budget - used) * share, 0.1)
+            budget = max(used + (budget - used) * weights / (weights + sides), 0.1)
         with self._collecting():
             with self._hiding():
                 super().load(device_to, budget, *args, **kwargs)

@@ -1,6 +1,6 @@
 """FLUX.1's two text encoders as one CLIP: the host's own classes, with 4-bit linears in the T5 where the file has them.
 
-A T5 in 16 bit or fp8 is loaded by the host's own loader. A 4-bit one is built by it too, with places for linears (Slot) that are filled
+A T5 in 16 bit or fp8 is loaded by the host's own loader. A 4-bit one is built by it too, with places for linears (Place) that are filled
 afterwards, one by one, so that nothing is there twice.
 """
 
@@ -28,6 +28,7 @@ from ...models.formats.text_encoders import Encoder, recognise
 from ...models.graphs import Graphs
 from ...models.linear import parameter
 from ...models.t5 import put_linears
+from .branches import merged_weight
 from .ops import host_runtime
 from .patcher import TonfaPatcher
 from .shell import progress_bar
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SAFETENSORS = (".safetensors", ".sft")
 XXL = {"num_layers": 24, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "vocab_size": 32128}  # the host's own T5
+FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 WANTED = (
     "FLUX.1 takes CLIP-L (clip_l.safetensors) and T5-XXL (t5xxl_fp16.safetensors, its fp8 forms or awq-int4-flux.1-t5xxl.safetensors) "
     "here, in either order."
@@ -53,16 +55,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of one CLIP."""
+    """The files of one CLIP. where: the T5's slot and name, as messages begin."""
 
     clip_l: str
     t5: str
     four_bit: bool
     dims: T5Dims | None
+    where: str
 
 
 class TextEncoderPatcher(TonfaPatcher):
-    """TonfaPatcher of a text encoder, which computes in fp32 and has no blocks to record."""
+    """TonfaPatcher of a text encoder, which computes in fp32 and has no blocks to record. It is saved in 16 bit."""
 
     _no_graphs = Graphs()
 
@@ -74,6 +77,34 @@ class TextEncoderPatcher(TonfaPatcher):
     def compute_dtype(self) -> torch.dtype:
         return torch.float32
 
+    def patch_weight_to_device(self, key: str, *args: object, **kwargs: object) -> Tensor | None:
+        """With `return_weight` a packed weight comes dense, in the type of its scales."""
+        weight = super().patch_weight_to_device(key, *args, **kwargs)
+        return weight.to(self.packed[key].spec.scale_dtype) if key in self.packed and weight.is_floating_point() else weight
+
+    def model_state_dict_for_saving(self, model: nn.Module | None = None, prefix: str = "") -> dict:
+        saved = super().model_state_dict_for_saving(model, prefix)
+        for key, leaf in self.packed.items():
+            if key.startswith(prefix):
+                meta = torch.empty(leaf.out_features, leaf.in_features, dtype=leaf.spec.scale_dtype, device="meta")
+                saved[key.removeprefix(prefix)] = comfy.model_patcher.LazyCastingParam(self, key, meta)
+        return saved
+
+
+class TextEncoders(comfy.sd.CLIP):
+    """The host's CLIP, whose state dict holds dense weights for nodes that save it."""
+
+    def clone(self, *args: object, **kwargs: object) -> TextEncoders:
+        copy = super().clone(*args, **kwargs)
+        copy.__class__ = TextEncoders
+        return copy
+
+    def get_sd(self) -> dict[str, Tensor]:
+        state, sides = super().get_sd(), self.patcher.sides
+        for key, leaf in self.patcher.packed.items():
+            state[key] = merged_weight(leaf, key, sides.patches(key)).to("cpu", leaf.spec.scale_dtype)
+        return state
+
 
 # -- which file is which ------------------------------------------------------------------------------------------------------------
 
@@ -82,20 +113,42 @@ def look_at(slot: Slot) -> Encoder:
     """What lies in a slot. Raises CheckpointError naming the slot."""
     where = f"{slot.widget}: {slot.name}"
     try:
+        if is_gguf(slot.path):
+            raise CheckpointError(f"{slot.path} is a GGUF file; load it with 'DualCLIPLoader (GGUF)' of the pack ComfyUI-GGUF, not here.")
         if os.path.splitext(slot.path)[1].lower() in SAFETENSORS:
             file = TensorFile(slot.path)
             encoder = recognise({name: entry.shape for name, entry in file.entries.items()}, file.metadata, where)
-            if encoder.kind == "t5_4bit":
-                open_awq_t5(slot.path)  # for its checks
-            return encoder
-        with open(slot.path, "rb") as opened:
-            gguf = opened.read(4) == b"GGUF"
-        if gguf:
-            raise CheckpointError(f"{slot.path} is a GGUF file; load it with 'DualCLIPLoader (GGUF)' of the pack ComfyUI-GGUF, not here.")
-        tensors = comfy.utils.load_torch_file(slot.path, safe_load=True)
-        return recognise({name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}, {}, where)
+        else:
+            encoder = recognise({name: tuple(t.shape) for name, t in pickled(slot.path).items() if isinstance(t, Tensor)}, {}, where)
+        if encoder.kind == "t5_4bit":
+            open_awq_t5(slot.path)  # for its checks
+        return encoder
     except CheckpointError as error:
-        raise CheckpointError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+        raise named(error, where) from error
+
+
+def named(error: CheckpointError, where: str) -> CheckpointError:
+    """The error, beginning with the slot."""
+    return error if str(error).startswith(where) else CheckpointError(f"{where}: {error}")
+
+
+def is_gguf(path: str) -> bool:
+    """By its content: some are called .bin or .safetensors."""
+    try:
+        with open(path, "rb") as opened:
+            return opened.read(4) == b"GGUF"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def pickled(path: str) -> dict[str, Tensor]:
+    """The tensors of a .bin, .pt or .ckpt file, by the host's own reader of such files."""
+    try:
+        tensors = comfy.utils.load_torch_file(path, safe_load=True)
+    except Exception as error:  # torch raises several unrelated types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read ({reason}). Download it again, best as a .safetensors file.") from error
+    return tensors if isinstance(tensors, dict) else {}
 
 
 def sort_out(first: Slot, second: Slot, four_bit_folder: Slot | None = None) -> Pair:
@@ -118,24 +171,72 @@ def sort_out(first: Slot, second: Slot, four_bit_folder: Slot | None = None) -> 
             open_awq_t5(four_bit_folder.path)
         except CheckpointError as error:
             raise CheckpointError(f"{four_bit_folder.widget}: {error}") from error
-        return Pair(clip_l.path, four_bit_folder.path, True, None)
-    return Pair(clip_l.path, t5.path, encoder.kind == "t5_4bit", encoder.dims)
+        return Pair(clip_l.path, four_bit_folder.path, True, None, four_bit_folder.widget)
+    return Pair(clip_l.path, t5.path, encoder.kind == "t5_4bit", encoder.dims, f"{t5.widget}: {t5.name}")
 
 
 # -- building -----------------------------------------------------------------------------------------------------------------------
 
 
-def load_clip(pair: Pair) -> comfy.sd.CLIP:
-    """A CLIP of the two files. Raises CheckpointError for a 4-bit T5 that is damaged."""
+def load_clip(pair: Pair, **keywords: object) -> comfy.sd.CLIP:
+    """A CLIP of the two files. Raises CheckpointError, naming the slot, for a T5 that is damaged or in a form that this host lacks.
+
+    keywords: the host's, for a T5 that is not in 4 bit.
+    """
     embeddings = folder_paths.get_folder_paths("embeddings")
     if not pair.four_bit:
-        options = config_for(pair.dims)
-        return comfy.sd.load_clip([pair.clip_l, pair.t5], embeddings, clip_type=comfy.sd.CLIPType.FLUX, model_options=options)
-    awq = open_awq_t5(pair.t5)
-    clip = build(pair, awq, embeddings)
-    awq.close()
+        return load_plain(pair, embeddings, **keywords)
+    try:
+        awq = open_awq_t5(pair.t5)
+        try:
+            clip = build(pair, awq, embeddings)
+        finally:
+            awq.close()
+    except CheckpointError as error:
+        raise named(error, pair.where) from error
     log.info("%s: a 4-bit T5 of %d layers on %s.", pair.t5, len(awq.quantised), clip.patcher.load_device)
     return clip
+
+
+def load_plain(pair: Pair, embeddings: list[str], **keywords: object) -> comfy.sd.CLIP:
+    """By the host's own loader, unless the T5 has names that this host would leave out: then under the host's names."""
+    named = {"clip_type": comfy.sd.CLIPType.FLUX, "model_options": config_for(pair.dims), **keywords}
+    tensors = renamed(pair)
+    if tensors is None:
+        return comfy.sd.load_clip([pair.clip_l, pair.t5], embeddings, **named)
+    files = [comfy.utils.load_torch_file(pair.clip_l, safe_load=True), tensors]
+    clip = comfy.sd.load_text_encoder_state_dicts(files, embeddings, **named)
+    clip.patcher.cached_patcher_init = (load_patcher, (pair,))
+    return clip
+
+
+def renamed(pair: Pair) -> dict[str, Tensor] | None:
+    """The T5's tensors under the host's names; None where the file has those already.
+
+    Every host takes the embedding from `shared` alone. Hosts of 2025 know a scaled fp8 weight by `scale_weight`, newer ones by both names.
+    """
+    tensors, metadata = comfy.utils.load_torch_file(pair.t5, safe_load=True, return_metadata=True)
+    convert = getattr(comfy.utils, "convert_old_quants", None)
+    old_names = convert is None and any(name.endswith(".weight_scale") for name in tensors)
+    if not old_names and EMBEDDINGS[0] in tensors:
+        return None
+    tensors.setdefault(EMBEDDINGS[0], tensors.get(EMBEDDINGS[1]))
+    if convert is not None:
+        return convert(tensors, model_prefix="", metadata=metadata)[0]
+    return with_old_names(tensors, pair) if old_names else tensors
+
+
+def with_old_names(tensors: dict[str, Tensor], pair: Pair) -> dict[str, Tensor]:
+    """Scaled fp8 as hosts of 2025 read it: one type and one scale for every linear of the T5. Raises CheckpointError for anything else."""
+    linears = [] if pair.dims is None else list(pair.dims.linears())
+    kinds = {tensors[f"{prefix}.weight"].dtype for prefix in linears}
+    scales = {f"{prefix}.scale_weight": tensors.get(f"{prefix}.weight_scale") for prefix in linears}
+    if len(kinds) != 1 or not kinds <= FP8 or any(scale is None or scale.numel() != 1 for scale in scales.values()):
+        raise CheckpointError(
+            f"{pair.where} is quantised in a form that this ComfyUI cannot read. Update ComfyUI, or take another T5 file."
+        )
+    kept = {name: t for name, t in tensors.items() if not name.endswith((".weight_scale", ".comfy_quant"))}
+    return kept | {name: scale.reshape(()) for name, scale in scales.items()} | {"scaled_fp8": torch.tensor([], dtype=kinds.pop())}
 
 
 def build(pair: Pair, awq: AwqT5, embeddings: list[str]) -> comfy.sd.CLIP:
@@ -155,7 +256,7 @@ def build(pair: Pair, awq: AwqT5, embeddings: list[str]) -> comfy.sd.CLIP:
     if load.type == "cuda":
         comfy.model_management.free_memory(1 << 30, load)  # room to re-pack a layer
     put_linears(network, awq, host_runtime(), offload, target, progress_bar())
-    settle(network)
+    settle(clip.cond_stage_model)
     adopt(clip, (pair,))
     return clip
 
@@ -196,16 +297,19 @@ def operations(awq: AwqT5) -> type:
     return Operations
 
 
-def settle(network: nn.Module) -> None:
-    """The host's own linears in the places that are left, with the weights that were loaded into them."""
-    for name, place in list(network.named_modules()):
+def settle(model: nn.Module) -> None:
+    """The host's own linears in the places that are left, with the weights that were loaded into them.
+
+    CLIP-L's text projection may be among them, when it has the shape of a linear of the T5; FLUX has no use for it, and files may lack it.
+    """
+    for name, place in list(model.named_modules()):
         if isinstance(place, Place):
-            linear = comfy.ops.manual_cast.Linear(
-                place.in_features, place.out_features, bias=False, device="meta", dtype=place.weight.dtype
-            )
-            linear.weight, linear.bias = place.weight, None
+            n, k = place.out_features, place.in_features
+            weight = parameter(torch.zeros(n, k, dtype=torch.float16)) if place.weight is None else place.weight
+            linear = comfy.ops.manual_cast.Linear(k, n, bias=False, device="meta", dtype=weight.dtype)
+            linear.weight, linear.bias = weight, None
             parent, _, own = name.rpartition(".")
-            setattr(network.get_submodule(parent), own, linear)
+            setattr(model.get_submodule(parent), own, linear)
 
 
 def adopt(clip: comfy.sd.CLIP, arguments: tuple) -> None:
@@ -219,13 +323,14 @@ def adopt(clip: comfy.sd.CLIP, arguments: tuple) -> None:
     clip.patcher = TextEncoderPatcher(clip.cond_stage_model, load_device=old.load_device, offload_device=old.offload_device)
     clip.patcher.hook_mode, clip.patcher.is_clip = old.hook_mode, True
     clip.patcher.object_patches.update(old.object_patches)  # newer hosts: that text encoders compute in fp32
-    clip.patcher.force_cast_weights = old.force_cast_weights
+    # Not old.force_cast_weights: every layer here casts for itself, and packed ones that lie on the device need no cast.
     clip.patcher.cached_patcher_init = (load_patcher, arguments)
+    clip.__class__ = TextEncoders
 
 
 def load_patcher(pair: Pair, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The patcher of a CLIP built anew; disable_dynamic: the host's keyword, ours is never dynamic."""
-    return load_clip(pair).patcher
+    """The patcher of a CLIP built anew. disable_dynamic: the host's keyword, for its own patchers; ours is never dynamic."""
+    return load_clip(pair, **({"disable_dynamic": True} if disable_dynamic else {})).patcher
 
 
 def with_min_length(clip: comfy.sd.CLIP, tokens: int) -> comfy.sd.CLIP:

@@ -14,13 +14,17 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import folder_paths
 import pytest
 import tonfa
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tonfa.models.comfyui import find_comfyui
 
-from . import graphs
+import nodes
+
+from . import encoders, graphs
 from .lab import DATA, loaded, made, sample, snr, twin
 from .test_lora_nodes import SDXL, by, generated
 
@@ -295,6 +299,93 @@ def test_a_foreign_lora_is_an_error_at_the_node(server):
     assert "foreign.safetensors is for SDXL, not for FLUX.1" in said["exception_message"]
 
 
+# -- text encoders --------------------------------------------------------------------------------------------------------------------
+
+TEXT_MODEL = "svdq-int4_r32-flux.1-text.safetensors"  # a small model as wide as the small encoders' outputs
+PROMPT = "a red fox, (very:1.3) small"
+FP16, AWQ = "t5xxl_fp16.safetensors", "awq-int4-flux.1-t5xxl.safetensors"
+
+
+def text_model() -> Path:
+    return made(context_in_dim=encoders.DIMS.model, vec_in_dim=768)
+
+
+@pytest.fixture(scope="module")
+def text_files(server, base):
+    """The small encoders under their published names and in a folder, here and on the server."""
+    folder_paths.add_model_folder_path("text_encoders", str(encoders.folder()))
+    there = server.base / "models" / "text_encoders"
+    (there / "awq-int4-t5").mkdir(parents=True, exist_ok=True)
+    for name, source in {"clip_l.safetensors": encoders.clip_l(), FP16: encoders.t5("fp16"), AWQ: encoders.t5("4bit")}.items():
+        (there / name).symlink_to(source)
+    (there / "awq-int4-t5" / "model.safetensors").symlink_to(encoders.t5("4bit"))
+    shutil.copy(text_model(), server.base / "models" / "diffusion_models" / TEXT_MODEL)
+
+
+def with_text(prefix: str, key: str, model_type: str, first: str, second: str, length: object, **more: object) -> dict:
+    """`graph` with a text-encoder loader and CLIPTextEncode."""
+    inputs = {"model_type": model_type, "text_encoder1": first, "text_encoder2": second, "t5_min_length": length, **more}
+    posted = graph(TEXT_MODEL, prefix)
+    posted["2"] = {"class_type": "CLIPTextEncode", "inputs": {"text": PROMPT, "clip": ["text", 0]}}
+    return posted | {"text": {"class_type": key, "inputs": inputs}}
+
+
+def sampled_with(t5: Path, length: int):
+    """The latent of the dense model with the prompt through our node in this process."""
+    kind = tonfa.NODE_CLASS_MAPPINGS["NunchakuTextEncoderLoaderV2"]()
+    with torch.inference_mode():
+        clip = kind.load_text_encoder("flux.1", "clip_l.safetensors", t5.name, length)[0]
+        positive = nodes.CLIPTextEncode().encode(clip, PROMPT)[0]
+    return sample(twin(text_model()), positive=positive, steps=8)
+
+
+@pytest.mark.parametrize("length", [256, 512])
+def test_graphs_with_each_text_encoder_loader(server, text_files, length):
+    """V2; the deprecated one with the files reversed, as in ComfyUI-nunchaku's own graphs, and with its folder; the oldest name."""
+    clip, off = "clip_l.safetensors", {"use_4bit_t5": "disable", "int4_model": "none"}
+    on = {"use_4bit_t5": "enable", "int4_model": "awq-int4-t5"}
+    wanted = {kind: sampled_with(encoders.t5(kind), length) for kind in ("4bit", "fp16")}
+    posted = {
+        "v2": ("4bit", with_text("v2", "NunchakuTextEncoderLoaderV2", "flux.1", clip, AWQ, length)),
+        "reversed": ("fp16", with_text("reversed", "NunchakuTextEncoderLoader", "flux", FP16, clip, length, **off)),
+        "folder": ("4bit", with_text("folder", "NunchakuTextEncoderLoader", "flux", FP16, clip, length, **on)),
+        "alias": ("4bit", with_text("alias", "SVDQuantTextEncoderLoader", "flux", "old\\" + AWQ, clip, length, **off)),
+    }
+    for prefix, (kind, one) in posted.items():
+        one["5"]["inputs"]["filename_prefix"] = name = f"{prefix}_{length}"
+        assert snr(latent(server, name, server.run(one)), wanted[kind]) > 50, prefix
+    assert snr(wanted["4bit"], wanted["fp16"]) < 45
+
+
+def test_a_linked_length_of_the_t5(server, text_files):
+    posted = with_text("linked_length", "NunchakuTextEncoderLoaderV2", "flux.1", "clip_l.safetensors", AWQ, ["6", 0])
+    posted["6"] = {"class_type": "PrimitiveInt", "inputs": {"value": 384}}
+    assert snr(latent(server, "linked_length", server.run(posted)), sampled_with(encoders.t5("4bit"), 384)) > 50
+
+
+def test_object_info_of_the_text_encoder_loaders(server, text_files):
+    def info(key: str) -> dict:
+        return server.get(f"/object_info/{key}")[key]
+
+    new, old, oldest = (info(key) for key in ("NunchakuTextEncoderLoaderV2", "NunchakuTextEncoderLoader", "SVDQuantTextEncoderLoader"))
+    both = ["model_type", "text_encoder1", "text_encoder2", "t5_min_length"]
+    assert new["input_order"] == {"required": both} and old["input_order"] == {"required": [*both, "use_4bit_t5", "int4_model"]}
+    assert not new.get("deprecated") and old["deprecated"] is True and oldest["deprecated"] is True
+    assert new["input"]["required"]["model_type"][0] == ["flux.1"] and old["input"]["required"]["model_type"][0] == ["flux"]
+    assert oldest["input"] == old["input"] and old["input"]["required"]["int4_model"][0] == ["none", "awq-int4-t5"]
+    assert {"clip_l.safetensors", AWQ, FP16} <= set(new["input"]["required"]["text_encoder2"][0])
+    for node, name in ((new, "Nunchaku Text Encoder Loader V2"), (old, "Nunchaku Text Encoder Loader (Deprecated)")):
+        assert (node["display_name"], node["category"], node["output"]) == (name, "Nunchaku", ["CLIP"]) and not node["output_node"]
+
+
+def test_a_wrong_text_encoder_is_an_error_at_the_node(server, text_files):
+    clip = "clip_l.safetensors"
+    for first, second, word in ((clip, clip, "text_encoder2: clip_l.safetensors is a CLIP-L"), ("gone.gguf", AWQ, "DualCLIPLoader (GGUF)")):
+        status = server.run(with_text("wrong", "NunchakuTextEncoderLoaderV2", "flux.1", first, second, 512))["status"]
+        kind, said = status["messages"][-1]
+        assert kind == "execution_error" and said["node_type"] == "NunchakuTextEncoderLoaderV2" and word in said["exception_message"]
+
+
 # -- ComfyUI-nunchaku's example graphs with LoRA ------------------------------------------------------------------------------------
 
 LORA_GRAPHS = {  # graph -> the LoRA files that it names, and the format of what stands in for each
@@ -307,18 +398,27 @@ LORA_GRAPHS = {  # graph -> the LoRA files that it names, and the format of what
 
 
 @pytest.fixture(scope="module")
-def stand_ins(server):
-    """Small files under the names of the graphs' models, LoRAs, VAE and pictures."""
+def stand_ins(server, text_files):
+    """Small files under the names of the graphs' models, LoRAs, VAE and pictures; the text encoders' are there."""
     models = server.base / "models"
     for name in ("dev", "kontext-dev"):
         shutil.copy(MODEL, models / "diffusion_models" / f"svdq-int4_r32-flux.1-{name}.safetensors")
     shutil.copy(made("nvfp4", in_channels=96), models / "diffusion_models" / "svdq-fp4_r32-flux.1-fill-dev.safetensors")
     (models / "loras").mkdir(exist_ok=True)
     for seed, (name, kind) in enumerate(pair for files in LORA_GRAPHS.values() for pair in files.items()):
-        save_file(
-            generated.lora_file(kind, generated.Flux(depth=1, depth_single=1, head_dim=16), seed=seed).tensors, models / "loras" / name
-        )
+        sizes = {"context": encoders.DIMS.model, "vec": 768} if name in LORA_GRAPHS["dev"] else {}
+        flux = generated.Flux(depth=1, depth_single=1, head_dim=16, **sizes)
+        save_file(generated.lora_file(kind, flux, seed=seed).tensors, models / "loras" / name)
     graphs.put_stand_ins(server.base)
+
+
+def example(server: Server, name: str) -> dict:
+    """An example graph as the browser would post it, made small. Our text encoders' outputs are wider than the stand-ins' are."""
+    posted = graphs.smaller(graphs.for_the_server(graphs.read_graph(f"nunchaku-flux.1-{name}"), server.get("/object_info")))
+    if any(node["class_type"].startswith("NunchakuTextEncoderLoader") for node in posted.values()):
+        for node in posted.values():
+            node["inputs"].update({"model_path": TEXT_MODEL} if node["class_type"] == "NunchakuFluxDiTLoader" else {})
+    return posted
 
 
 def picture(server: Server, posted: dict) -> bytes:
@@ -336,7 +436,7 @@ def picture(server: Server, posted: dict) -> bytes:
 @pytest.mark.skipif(not graphs.FOLDER.is_dir(), reason=graphs.WHY_NOT)
 def test_example_graphs_with_lora(server, stand_ins, name):
     """Each as the browser would post it, on stand-ins; and every LoRA in it changes the picture."""
-    posted = graphs.smaller(graphs.for_the_server(graphs.read_graph(f"nunchaku-flux.1-{name}"), server.get("/object_info")))
+    posted = example(server, name)
     loaders = [node["inputs"] for node in posted.values() if node["class_type"] == "NunchakuFluxLoraLoader"]
     assert {inputs["lora_name"] for inputs in loaders} == set(LORA_GRAPHS[name])
     wanted = picture(server, posted)
@@ -344,3 +444,15 @@ def test_example_graphs_with_lora(server, stand_ins, name):
         strength, inputs["lora_strength"] = inputs["lora_strength"], 0.0
         assert picture(server, posted) != wanted
         inputs["lora_strength"] = strength
+
+
+@pytest.mark.skipif(not graphs.FOLDER.is_dir(), reason=graphs.WHY_NOT)
+def test_example_graphs_with_text_encoders(server, stand_ins):
+    """V2 with a 4-bit T5, and the deprecated node with the files reversed; the prompt counts."""
+    for name, key in (("dev-qencoder", "NunchakuTextEncoderLoaderV2"), ("schnell", "NunchakuTextEncoderLoader")):
+        posted = example(server, name)
+        assert [node["inputs"]["t5_min_length"] for node in posted.values() if node["class_type"] == key] == [512]
+        wanted = picture(server, posted)
+        for node in posted.values():
+            node["inputs"].update({"text": "something else"} if node["class_type"] == "CLIPTextEncode" else {})
+        assert picture(server, posted) != wanted

@@ -19,8 +19,16 @@ INPUTS = {
     ],
     "NunchakuFluxLoraLoader": ["model", "lora_name", "lora_strength"],
     "NunchakuFluxLoraStack": ["model", *(f"lora_{what}_{i}" for i in range(1, 16) for what in ("name", "strength"))],
+    "NunchakuTextEncoderLoaderV2": ["model_type", "text_encoder1", "text_encoder2", "t5_min_length"],
+    "NunchakuTextEncoderLoader": ["model_type", "text_encoder1", "text_encoder2", "t5_min_length", "use_4bit_t5", "int4_model"],
 }  # fmt: skip
-ALIASES = {"SVDQuantFluxDiTLoader": "NunchakuFluxDiTLoader", "SVDQuantFluxLoraLoader": "NunchakuFluxLoraLoader"}
+ALIASES = {
+    "SVDQuantFluxDiTLoader": "NunchakuFluxDiTLoader",
+    "SVDQuantFluxLoraLoader": "NunchakuFluxLoraLoader",
+    "SVDQuantTextEncoderLoader": "NunchakuTextEncoderLoader",
+}
+OUTPUTS = {key: ("CLIP",) if "TextEncoder" in key else ("MODEL",) for key in (*INPUTS, *ALIASES)}
+DEPRECATED = {"NunchakuTextEncoderLoader", *ALIASES}
 
 
 def run(code: str) -> str:
@@ -28,7 +36,16 @@ def run(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["tonfa", "tonfa.kernels", "tonfa.models", "tonfa.nodes.flux", "tonfa.nodes.lora", "tonfa.nodes.host.files"]
+    "module",
+    [
+        "tonfa",
+        "tonfa.kernels",
+        "tonfa.models",
+        "tonfa.nodes.flux",
+        "tonfa.nodes.lora",
+        "tonfa.nodes.text_encoder",
+        "tonfa.nodes.host.files",
+    ],
 )
 def test_importing_brings_neither_torch_nor_the_host(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'triton', 'comfy', 'folder_paths', 'numpy') if m in sys.modules])"
@@ -72,11 +89,11 @@ def test_keys_titles_and_aliases():
     assert titles["NunchakuFluxLoraLoader"] == "Nunchaku FLUX LoRA Loader" and titles["NunchakuFluxLoraStack"] == "Nunchaku FLUX LoRA Stack"
     assert classes.keys() == {*INPUTS, *ALIASES}
     for old, new in ALIASES.items():
-        assert issubclass(classes[old], classes[new]) and classes[old].DEPRECATED
+        assert issubclass(classes[old], classes[new])
     assert all(titles[key] == c.TITLE and hasattr(c, c.FUNCTION) and c.CATEGORY == "Nunchaku" for key, c in classes.items())
-    assert all(
-        c.RETURN_TYPES == ("MODEL",) and not getattr(classes[key], "DEPRECATED", False) for key, c in classes.items() if key in INPUTS
-    )
+    assert {key: c.RETURN_TYPES for key, c in classes.items()} == OUTPUTS
+    assert {key for key, c in classes.items() if getattr(c, "DEPRECATED", False)} == DEPRECATED
+    assert all(outputs == OUTPUTS[key] for family in nodes.FAMILIES.values() for key, (_, _, outputs) in family.items())
 
 
 @pytest.mark.parametrize("error", ["ImportError('no module named x')", "ValueError('what')", "SystemExit('gone')", "SyntaxError('bad')"])
@@ -117,7 +134,10 @@ def test_translations_name_every_input(language):
     for key in names:
         assert names[key]["display_name"] and names[key]["description"]
         assert list(names[key]["inputs"]) == INPUTS[ALIASES.get(key, key)]
-        assert all(entry["name"] for entry in names[key]["inputs"].values())
+        assert all(entry["name"] and entry.get("tooltip") != "" for entry in names[key]["inputs"].values())
+        assert [(slot, entry["name"]) for slot, entry in names[key]["outputs"].items()] == [("0", OUTPUTS[key][0])]
+        if "TextEncoder" in key:
+            assert all(entry["tooltip"] for entry in names[key]["inputs"].values())
 
 
 def test_the_english_text_is_the_nodes_own():
@@ -125,6 +145,8 @@ def test_the_english_text_is_the_nodes_own():
     assert names.keys() == tonfa.NODE_CLASS_MAPPINGS.keys()
     for key, node in tonfa.NODE_CLASS_MAPPINGS.items():
         assert names[key]["description"] == node.DESCRIPTION and names[key]["display_name"] == node.TITLE
+        own = sys.modules[node.__module__].TOOLTIPS.values()
+        assert all(entry["tooltip"] in own for entry in names[key]["inputs"].values() if "tooltip" in entry)
 
 
 def test_every_node_has_a_help_page():

@@ -76,3 +76,13 @@ def test_flux1_is_still_flux1():
     assert identify(["transformer_blocks.0.qkv_proj.qweight", "single_transformer_blocks.0.mlp_fc1.qweight"], {}).family == "flux"
     assert identify(["transformer_blocks.0.attn.to_qkv.qweight", "single_transformer_blocks.0.attn.to_qkv.qweight"], {}).family == "flux"
     assert identify(["double_blocks.0.img_attn.qkv.weight"], {}).family == "flux-plain"
+
+
+def test_a_t5_belongs_into_the_text_encoder_loader():
+    four_bit = identify(["encoder.block.0.layer.0.SelfAttention.q.qweight", "shared.weight"], {})
+    assert four_bit.family == "t5" and four_bit.quantised and "4-bit" in four_bit.what
+    assert "Load it with NunchakuTextEncoderLoaderV2" in four_bit.advice and "DualCLIPLoader" not in four_bit.advice
+    plain = identify(["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], {})
+    assert plain.family == "t5" and not plain.quantised
+    assert "DualCLIPLoader" in plain.advice and "NunchakuTextEncoderLoaderV2" in plain.advice
+    assert all("models/text_encoders" in kind.advice for kind in (four_bit, plain))
