@@ -2,8 +2,9 @@
 
     softmax(q k^T / sqrt(D) + mask) v                                   q, k, v [B, H, L, D] -> [B, H, L, D]
 
-cuDNN from sm_90 on, wherever torch says that it takes the operands; else torch's own choice. One H200, bf16, 4608 tokens, 24 heads of 128:
-cuDNN 405 us, torch's choice (flash 2) 791; with a mask 800 and 2106; never slower from 64 tokens on.
+cuDNN from sm_90 on, wherever torch says that it takes the operands; our kernel (kernels/attention_fp16.py) where torch has no fused one for
+them and would write the scores to memory; else torch's own choice. One H200, bf16, 4608 tokens, 24 heads of 128: cuDNN 405 us, torch's
+choice (flash 2) 791; with a mask 800 and 2106; never slower from 64 tokens on.
 
 cuDNN is called by its own torch operator. torch's context manager for choosing a back end sets flags of the whole process, which other
 threads see, and costs 30 us a call; the operator does neither.
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.targets import target_for
+from ..kernels.attention_fp16 import attention_fp16
+from ..kernels.targets import target_for, triton_reason
 
 log = logging.getLogger(__name__)
 
+FP16 = "nunchaku-fp16"
 MOST_SHAPES = 1024  # remembered; then the choice starts afresh
 
 _takes: dict[tuple, bool] = {}  # (device, type, shapes, mask) -> does cuDNN take it?
@@ -84,6 +87,23 @@ def _tell(device: torch.device, dtype: torch.dtype, dim: int, masked: bool, cudn
     log.info("Attention on %s (%s): %s.", device, what, "cuDNN" if cudnn else "the default")
 
 
+@functools.lru_cache(maxsize=256)
+def by_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether our own kernel attends to heads like these: where torch has no fused one, and Triton runs. Said once."""
+    if device.type != "cuda" or dim not in (32, 64, 128) or dtype == torch.float64 or triton_reason(device) is not None:
+        return False
+    if torch_fuses(torch.empty(1, 1, 128, dim, dtype=dtype, device=device)):
+        return False
+    log.info("Attention on %s (%s, heads of %d): ours, since torch has no fused one.", device, str(dtype).removeprefix("torch."), dim)
+    return True
+
+
+def torch_fuses(x: Tensor) -> bool:
+    """Whether torch has a fused kernel for attention of operands like x [B, H, L, D]."""
+    asked = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False)
+    return torch.backends.cuda.can_use_flash_attention(asked, False) or torch.backends.cuda.can_use_efficient_attention(asked, False)
+
+
 def with_heads(mask: Tensor | None) -> Tensor | None:
     """A mask [L, L] or [B, L, L] as [B, 1, L, L]."""
     if mask is None or mask.ndim == 4:
@@ -98,18 +118,25 @@ def heads_last(x: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, transformer_options: dict | None = None) -> Tensor:
     """Exact attention of q, k, v [B, H, L, D] (position already applied) -> [B, L, H * D]. mask: [L, L], [B, L, L] or [B, H or 1, L, L]."""
-    out = fastest(q, k, v, mask)
+    out = fastest(q, k, v, mask, wants_fp16(transformer_options))
     return heads_last(F.scaled_dot_product_attention(q, k, v, attn_mask=with_heads(mask))) if out is None else out
 
 
-def fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
-    """As `attend` where this module knows better than torch's default, else None."""
+def wants_fp16(transformer_options: dict | None) -> bool:
+    """Whether the loader's `attention` allows products in fp16 ("nunchaku-fp16", the default)."""
+    return (transformer_options or {}).get("tonfa", {}).get("attention", FP16) == FP16
+
+
+def fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, fp16: bool = True) -> Tensor | None:
+    """As `attend` where this module knows better than torch's default, else None. fp16: our kernel, which multiplies in fp16, may run."""
     if torch.compiler.is_compiling():
         from . import ops
 
         return ops.attend(q, k, v, with_heads(mask)) if ops.prefers_cudnn(q.device) else None
     out = by_cudnn(q, k, v, with_heads(mask))
-    return None if out is None else heads_last(out)
+    if out is not None:
+        return heads_last(out)
+    return attention_fp16(q, k, v) if fp16 and mask is None and by_kernel(q.device, q.dtype, q.shape[-1]) else None
 
 
 def attend_now(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ needs to know of these. Formula of a part: y = Q(x / smooth) @ W4^T + (x @ down^
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from ..kernels.w4_matmul import Finish, Peak, finds_peak, quantize_for, w4_matmu
 from ..kernels.w4a16_linear import w4a16_linear
 from .lora import Side
 from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from .streaming import Streamer
 
 LARGEST_FP16 = 65504.0
 
@@ -53,12 +57,22 @@ class Leaf(nn.Module):
     """What the host expects of a module whose weight it may keep elsewhere: these attributes, and `weight` and `bias`."""
 
     comfy_cast_weights = False  # the host sets True on an instance it leaves offloaded
+    streamer: Streamer | None = None  # who brings its tensors to the device, where its block is streamed
 
     def __init__(self, runtime: Runtime):
         super().__init__()
         self.runtime = runtime
         self.weight_function: list = []
         self.bias_function: list = []
+
+    def put(self, name: str, tensor: nn.Parameter) -> None:
+        """Puts another tensor with the same numbers in place of `weight` or `bias`."""
+        setattr(self, name, tensor)
+
+    @property
+    def home(self) -> torch.device:
+        """Where it computes: where its weight lies, or where that is streamed to."""
+        return self.weight.device if self.streamer is None else self.streamer.device
 
     def side_tensors(self) -> list[Tensor]:
         """What lies beside the weight and is computed with."""
@@ -179,6 +193,10 @@ class PackedLinear(PackedLeaf):
 
     def set_side(self, side: Side | None) -> None:
         super().set_side(side)
+        self._views = None
+
+    def put(self, name: str, tensor: nn.Parameter) -> None:
+        super().put(name, tensor)
         self._views = None
 
     def fuses_side(self, compute: str) -> bool:

@@ -16,7 +16,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...models.attention import fastest
+from ...models.attention import fastest, wants_fp16
 from ...models.graphs import Graphs
 from ...models.runtime import Runtime, apply_rope, lies_on
 
@@ -72,19 +72,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = No
     options = transformer_options or {}
     run = chosen_attention()
     if run is STOCK_ATTENTION and "optimized_attention_override" not in options:
-        out = fastest(q, k, v, mask)
+        out = fastest(q, k, v, mask, wants_fp16(options))
         if out is not None:
             return out
     return run(q, k, v, heads, skip_reshape=True, mask=mask, transformer_options=options)
 
 
 def acquire(module: nn.Module, device: torch.device) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
-    """The module's weight and bias on `device`, unchanged in type: its own when they lie there, else through the host's streaming.
+    """The module's weight and bias on `device`, unchanged in type: its own when they lie there, else through our streaming or the host's.
 
     The host's bias functions (a LoRA's bias in an offloaded layer) are applied; packed weights have no weight functions (see patcher.py).
     """
     if at_home(module, device):
         return contextlib.nullcontext((module.weight, module.bias))
+    streamer = getattr(module, "streamer", None)
+    if streamer is not None and streamer.device == device and not module.bias_function:
+        found = streamer.tensors(module)
+        return contextlib.nullcontext((found["weight"], found.get("bias")))
     return streamed(module, device)
 
 

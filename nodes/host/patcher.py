@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import uuid
 from collections.abc import Iterator
 
 import comfy.hooks
@@ -22,6 +23,7 @@ from ...models.segments import prepare
 from .branches import Plan, make_branch, plan_branch
 from .exchange import bound_to_stay, complete, exchange, is_loaded, merged
 from .merging import MergingPatcher
+from .offloading import Offload, start, stop, streamed_blocks, streamed_nbytes
 from .patches import fingerprint, named
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class TonfaPatcher(MergingPatcher):
     """A ModelPatcher for models with packed leaves. Signatures take what any host version passes."""
 
     cached_patcher_init: tuple | None = None
+    offload = Offload()
     _planned: tuple[tuple, dict[str, Plan]] | None = None
     _refused: list[str] | None = None  # what could not be applied, while it is collected
 
@@ -59,8 +62,14 @@ class TonfaPatcher(MergingPatcher):
     def clone(self, *args: object, **kwargs: object) -> TonfaPatcher:
         copy = super().clone(*args, **kwargs)
         copy.size = self.size  # newer hosts pass on model_size(), but this is to be the weights' alone
-        copy.cached_patcher_init = self.cached_patcher_init
+        copy.cached_patcher_init, copy.offload = self.cached_patcher_init, self.offload
         return copy
+
+    def set_offload(self, offload: Offload) -> None:
+        """Another way of offloading for this clone."""
+        if offload != self.offload:
+            self.offload = offload
+            self.patches_uuid = uuid.uuid4()  # or the host would take it for loaded where another clone is
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -75,14 +84,22 @@ class TonfaPatcher(MergingPatcher):
         return self._planned[1]
 
     def model_size(self) -> int:
-        """Bytes when all is loaded: the weights, and what this patcher's patches need beside them."""
+        """Bytes when all is loaded: the weights, or what streamed ones pass through, and what this patcher's patches need beside them."""
         size = super().model_size()
-        return size if self._hidden is not None else size + self.sides.sizes(self.plans)[0] + self._hook_bytes()
+        if self._hidden is not None:
+            return size
+        streamed, buffers = streamed_nbytes(streamed_blocks(self.model, self.offload))
+        return size - streamed + buffers + self.sides.sizes(self.plans)[0] + self._hook_bytes()
 
     def loaded_size(self) -> int:
         """Bytes of those that are loaded. The host's own count, `model_loaded_weight_memory`, is of the weights alone."""
-        loaded = self.model.model_loaded_weight_memory + self.sides.sizes(self.plans)[1] + self._hook_bytes()
+        loaded = self.model.model_loaded_weight_memory + self.sides.sizes(self.plans)[1] + self._hook_bytes() + self._buffer_bytes()
         return min(max(loaded, 0), self.model_size())
+
+    def _buffer_bytes(self) -> int:
+        """Bytes of what blocks are streamed through."""
+        streamer = getattr(self.model, "tonfa_streamer", None)
+        return 0 if streamer is None else streamer.nbytes
 
     def _hook_bytes(self) -> int:
         """Bytes of what weight hooks have beside the layers, or keep for their next turn."""
@@ -91,13 +108,16 @@ class TonfaPatcher(MergingPatcher):
 
     def _used(self) -> int:
         """Bytes that the model takes where it is loaded, whoever's patches are on it."""
-        return self.model.model_loaded_weight_memory + self.sides.nbytes()
+        return self.model.model_loaded_weight_memory + self.sides.nbytes() + self._buffer_bytes()
 
     # -- loading and unloading --------------------------------------------------------------------------------------------------------
 
     def load(self, device_to: torch.device | None = None, lowvram_model_memory: float = 0, *args: object, **kwargs: object) -> None:
         """As the host's. A budget (0: no limit) is shared between what is still to be loaded of the weights and what runs beside them."""
-        budget, used, limit = lowvram_model_memory, self.model.model_loaded_weight_memory, lowvram_model_memory + self.sides.nbytes()
+        budget = self.offload.budget(lowvram_model_memory)
+        used, limit = self.model.model_loaded_weight_memory, budget + self.sides.nbytes()
+        if self.offload.streams:
+            kwargs["full_load"] = False
         with self._hiding():
             weights = self.model_size()
         sides = self.sides.sizes(self.plans)[0]
@@ -109,9 +129,11 @@ class TonfaPatcher(MergingPatcher):
             with self._hiding():
                 super().load(device_to, budget, *args, **kwargs)
                 complete(self, device_to)
+                if self.offload.streams:
+                    start(self, torch.device(device_to))
                 self._settle()
             self.sides.exchange(self.plans, self._make)
-        if budget and self._used() > limit:  # sides are unevenly spread
+        if budget and self._used() > limit and not self.offload.streams:  # sides are unevenly spread
             self.partially_unload(self.offload_device, self._used() - limit)
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, *args: object, **kwargs: object) -> int:
@@ -144,7 +166,7 @@ class TonfaPatcher(MergingPatcher):
 
     def _settings(self) -> tuple:
         """What a load depends on besides patches."""
-        return fingerprint(self.weight_wrapper_patches), self.force_cast_weights
+        return fingerprint(self.weight_wrapper_patches), self.force_cast_weights, self.offload
 
     def _settle(self) -> None:
         """Notes what the host has merged."""
@@ -179,6 +201,8 @@ class TonfaPatcher(MergingPatcher):
                 module.comfy_patched_weights = True
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True, **kwargs: object) -> None:
+        if unpatch_weights:
+            stop(self.model)
         super().unpatch_model(device_to, unpatch_weights, **kwargs)
         if unpatch_weights:
             self._kept.clear()
@@ -236,7 +260,7 @@ class TonfaPatcher(MergingPatcher):
             for key in (key for key in combined if key in self.packed):
                 plan = plan_branch(self.packed[key], key, own.get(key, []) + combined[key], size)
                 side = self._make(key, plan)
-                made[key] = None if side is None else side.to(self.packed[key].weight.device)
+                made[key] = None if side is None else side.to(self.packed[key].home)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed and self._has_room():
             self._kept[hooks] = state, made
             self.cached_hook_patches.setdefault(hooks, {})  # or the host would look at every weight again

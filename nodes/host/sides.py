@@ -48,7 +48,7 @@ class Sides:
         for key, plan in plans.items():
             if key not in self.own:
                 side = make(key, plan)  # where the model computes; it goes at once where its layer is
-                self.own[key] = Made(plan, None if side is None else side.to(self.packed[key].weight.device))
+                self.own[key] = Made(plan, None if side is None else side.to(self.packed[key].home))
         self.place()
 
     def hook(self, sides: dict[str, Side | None]) -> None:
@@ -57,9 +57,9 @@ class Sides:
         self.place()
 
     def place(self) -> None:
-        """Gives every leaf its side, where its weight lies."""
+        """Gives every leaf its side, where it computes."""
         wanted = {key: made.side for key, made in self.own.items()} | self.hooked
-        wanted = {key: side.to(self.packed[key].weight.device) for key, side in wanted.items() if side is not None}
+        wanted = {key: side.to(self.packed[key].home) for key, side in wanted.items() if side is not None}
         for key in self._shown.keys() - wanted.keys():
             self.packed[key].set_side(None)
         for key, side in wanted.items():
@@ -76,8 +76,8 @@ class Sides:
         return [patch for patch, _ in self.own[key].plan.patches] if key in self.own else []
 
     def is_loaded(self, key: str) -> bool:
-        """Whether the host counts the layer as loaded: then its side lies there too."""
-        return is_loaded(self.packed[key])
+        """Whether the host counts the layer as loaded, or it is streamed: then its side lies on the device."""
+        return is_loaded(self.packed[key]) or self.packed[key].streamer is not None
 
     def loaded(self, sides: dict[str, Side | None]) -> int:
         """Bytes of those whose layers are loaded."""

@@ -249,7 +249,7 @@ def plain_host(monkeypatch):
     """The host as it is on a GPU where nobody chose an attention: torch's. What our own choice was asked, and made to answer."""
     asked = []
 
-    def answer(q, k, v, mask):
+    def answer(q, k, v, mask, fp16):
         asked.append(tuple(q.shape))
         return None if answer.declines else torch.full((q.shape[0], q.shape[2], q.shape[1] * q.shape[3]), 7.0)
 
@@ -302,7 +302,7 @@ def test_the_hosts_choice_of_attention_always_wins(plain_host, monkeypatch, wher
 def test_fused_and_plain_path_attend_alike(pair, plain_host, monkeypatch):
     """A patch that changes nothing sends the blocks down the plain path: both go to the one back end, before and after RoPE."""
     asked, _ = plain_host
-    monkeypatch.setattr(ops, "fastest", lambda q, k, v, mask: asked.append(1) or attention.attend(q, k, v, q.shape[1], mask))
+    monkeypatch.setattr(ops, "fastest", lambda q, k, v, mask, fp16: asked.append(1) or attention.attend(q, k, v, q.shape[1], mask))
 
     def looked_at(model):
         model.set_model_patch(lambda attn, extra: attn, "attn1_output_patch")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
+from tonfa.kernels import attention_fp16_triton as attention
 from tonfa.kernels import expand_weight_triton as expand
 from tonfa.kernels import norm_modulate_triton as norm_modulate
 from tonfa.kernels import qk_norm_rope_triton as rope
@@ -321,6 +322,15 @@ def nvfp4_variants(target: Target) -> list[Variant]:
     return found
 
 
+def attention_variant(name: str, target: Target, dtype, dim: int) -> Variant:
+    tile = attention.attention_tile(target)
+    types = dict.fromkeys(attention._attention_fp16.arg_names, "i32") | dict.fromkeys(("q", "k", "v", "out"), POINTERS[dtype])
+    types |= dict.fromkeys(("unit_q", "unit_k", "unit_v"), "*fp32") | {"scale": "fp32"}
+    constants = {"D": dim, "BM": tile.bm, "BN": tile.bk, "STAGES": tile.stages, "EMULATE": False}
+    wanted = (instruction(target, "fp16"),)
+    return Variant(f"attention_fp16 {name}", attention._attention_fp16, types, constants, tile.warps, tile.stages, wanted)
+
+
 def variants(target: Target) -> list[Variant]:
     """What this target would be asked to run: every operand form, every ending, norm with large ranks, every type."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -331,6 +341,9 @@ def variants(target: Target) -> list[Variant]:
         quantize_variant("1 row", target, bf16, "plain", 0, False, norm=True, rows=1, ranks=64),
         quantize_variant("rank 2 x 128, two batches", target, fp16, "plain", 0, False, norm=True, ranks=256, batches=2, pair="fp16"),
         quantize_variant("rank 2 x 128, two batches, fp32", target, fp32, "plain", 0, False, norm=True, ranks=256, batches=2, pair="fp16"),
+        attention_variant("bf16, heads of 128", target, bf16, 128),
+        attention_variant("fp16, heads of 128", target, fp16, 128),
+        attention_variant("fp32, heads of 64", target, fp32, 64),
         add_variant(target, "*fp32"),
         *(e4m3_variants(target) if target.e4m3_dot else int8_variants(target)),
         *nvfp4_variants(target),

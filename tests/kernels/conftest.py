@@ -23,6 +23,7 @@ KERNEL_MODULES = (
     "w4_matmul_wide",
     "w4a16_linear_triton",
     "t5_linear_triton",
+    "attention_fp16_triton",
     "probe_triton",
 )
 

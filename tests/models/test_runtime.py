@@ -131,6 +131,51 @@ def test_what_torch_would_refuse_is_not_asked_for(monkeypatch):
     assert not attention.cudnn_takes(q, k, v, None)
 
 
+@pytest.fixture
+def unfused(monkeypatch):
+    """As on a GPU with Triton for which torch has no fused attention; what our kernel was given."""
+    given, run = [], attention.attention_fp16
+    monkeypatch.setattr(attention, "_takes", {})
+    monkeypatch.setattr(attention, "by_kernel", lambda device, dtype, dim: True)
+    monkeypatch.setattr(attention, "attention_fp16", lambda *qkv: given.append(qkv[0].shape) or run(*qkv))
+    return given
+
+
+def test_our_kernel_attends_where_torch_has_no_fused_one(unfused):
+    q, k, v = heads(dim=32)
+    assert relative(attention.attend(q, k, v, 3), formula(q, k, v)) < 1e-3 and unfused == [q.shape]
+
+
+@pytest.mark.parametrize("name", ["boolean", "[L, L]", "[B, L, L]", "[B, 1, L, L]"])
+def test_a_mask_goes_to_torch(unfused, name):
+    q, k, v = heads(dim=32)
+    mask = masks()[name]
+    assert relative(attention.attend(q, k, v, 3, mask), formula(q, k, v, attention.with_heads(mask))) < 1e-6 and unfused == []
+
+
+def test_flash_attention2_is_never_ours(unfused):
+    q, k, v = heads(dim=32)
+    options = {"tonfa": {"attention": "flash-attention2"}}
+    assert relative(attention.attend(q, k, v, 3, None, options), formula(q, k, v)) < 1e-6 and unfused == []
+
+
+def test_when_our_kernel_is_taken(monkeypatch, caplog):
+    device = torch.device("cuda", 0)
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(attention, "triton_reason", lambda device: None)
+    monkeypatch.setattr(attention.torch, "empty", lambda *shape, dtype, device: torch.zeros(*shape, dtype=dtype))
+    for fuses in (True, False):
+        attention.by_kernel.cache_clear()
+        monkeypatch.setattr(attention, "torch_fuses", lambda x, fuses=fuses: fuses)
+        assert attention.by_kernel(device, torch.bfloat16, 128) != fuses
+    assert attention.by_kernel(device, torch.bfloat16, 128) and caplog.text.count("ours, since torch has no fused one") == 1
+    assert not attention.by_kernel(device, torch.bfloat16, 48) and not attention.by_kernel(torch.device("cpu"), torch.bfloat16, 128)
+    monkeypatch.setattr(attention, "triton_reason", lambda device: "no compiler")
+    attention.by_kernel.cache_clear()
+    assert not attention.by_kernel(device, torch.bfloat16, 128)
+    attention.by_kernel.cache_clear()
+
+
 def test_remembered_shapes_are_bounded(cudnn, monkeypatch):
     monkeypatch.setattr(attention, "MOST_SHAPES", 4)
     for length in range(1, 12):

@@ -1,0 +1,118 @@
+"""Streamed blocks on the CPU: that the right numbers are in the buffers when they are asked for, and which copies are made when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tonfa.models import streaming
+from tonfa.models.linear import Leaf, PlainLinear, parameter
+from tonfa.models.runtime import Runtime
+from tonfa.models.streaming import Streamer, gather
+from torch import nn
+
+CPU = torch.device("cpu")
+
+
+def block(n: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    biased = PlainLinear(torch.randn(n, 8).bfloat16(), torch.randn(n), Runtime())
+    return nn.Sequential(biased, nn.GELU(), PlainLinear(torch.randn(8, n), None, Runtime()))
+
+
+@pytest.fixture
+def blocks() -> list[nn.Module]:
+    return [block(4 + 3 * i, i) for i in range(5)]
+
+
+@pytest.fixture
+def fetched(monkeypatch) -> list[int]:
+    """Blocks in the order in which they are copied."""
+    order, original = [], Streamer._fetch
+    monkeypatch.setattr(Streamer, "_fetch", lambda self, i, buffer: (order.append(i), original(self, i, buffer))[1])
+    return order
+
+
+def tensors(of: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in of.parameters()]
+
+
+def ask(streamer: Streamer, of: nn.Module) -> list[torch.Tensor]:
+    return [t for leaf in streaming.leaves_of(of) for t in streamer.tensors(leaf).values()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_gathering_keeps_every_number_and_holds_nothing_twice(blocks):
+    before = tensors(blocks[2])
+    slab = gather(blocks[2], pin=False)
+    assert same(tensors(blocks[2]), before) and slab.is_whole()
+    inside = range(slab.host.data_ptr(), slab.host.data_ptr() + slab.host.nbytes)
+    assert all(p.data_ptr() in inside for p in blocks[2].parameters())
+    leaf = streaming.leaves_of(blocks[2])[0]
+    leaf.put("weight", parameter(leaf.weight.clone()))
+    assert not slab.is_whole()
+
+
+def test_three_steps_in_order(blocks, fetched):
+    want = [tensors(b) for b in blocks]
+    streamer = Streamer(blocks, CPU)
+    for _ in range(3):
+        for i, b in enumerate(blocks):
+            assert same(ask(streamer, b), want[i])
+    assert fetched == [*[*range(5)] * 3, 0]  # each once a step, and the next step's first
+
+
+def test_a_block_that_is_asked_for_stays_while_the_next_is_fetched(blocks):
+    streamer = Streamer(blocks, CPU)
+    first, second = (streaming.leaves_of(blocks[0])[i] for i in (0, 1))
+    weight = streamer.tensors(first)["weight"]
+    kept = weight.clone()
+    streamer.tensors(second)
+    assert torch.equal(weight, kept)
+    streamer.tensors(streaming.leaves_of(blocks[1])[0])
+    streamer.tensors(streaming.leaves_of(blocks[2])[0])
+    assert not torch.equal(weight, kept)  # its buffer was used again: this is what is streamed, not the leaf's own
+
+
+def test_skipped_blocks_are_not_copied(blocks, fetched):
+    want = [tensors(b) for b in blocks]
+    streamer = Streamer(blocks, CPU)
+    for i in (0, 1, 0, 4, 0, 2, 3, 1):
+        assert same(ask(streamer, blocks[i]), want[i])
+    assert fetched == [0, 1, 2, 0, 1, 4, 0, 1, 2, 3, 4, 1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_blocks(blocks, fetched, count):
+    want = [tensors(b) for b in blocks[:count]]
+    streamer = Streamer(blocks[:count], CPU)
+    assert streamer.nbytes == count * max(gather(b, pin=False).host.nbytes for b in blocks[:count])
+    streamer = Streamer(blocks[:count], CPU)
+    for _ in range(3):
+        for i in range(count):
+            assert same(ask(streamer, blocks[i]), want[i])
+    assert fetched == list(range(count))  # they stay
+
+
+def test_two_buffers_and_nothing_when_stopped(blocks):
+    streamer = Streamer(blocks, CPU)
+    assert streamer.nbytes == 2 * max(slab.host.nbytes for slab in streamer._slabs)
+    leaves = [leaf for b in blocks for leaf in streaming.leaves_of(b)]
+    assert all(leaf.streamer is streamer and leaf.home == CPU for leaf in leaves)
+    streamer.stop()
+    assert streamer.nbytes == 0 and all(leaf.streamer is None for leaf in leaves)
+
+
+def test_no_blocks():
+    streamer = Streamer([], CPU)
+    assert streamer.nbytes == 0 and streamer.is_whole()
+    streamer.stop()
+
+
+def test_a_leaf_without_tensors(blocks):
+    blocks[1].append(Leaf(Runtime()))
+    blocks[1][-1].weight = blocks[1][-1].bias = None
+    streamer = Streamer(blocks, CPU)
+    assert streamer.tensors(blocks[1][-1]) == {}
