@@ -115,7 +115,7 @@ class NunchakuTextEncoderLoader(NunchakuTextEncoderLoaderV2):
         int4_model: str = NONE,
     ) -> tuple:
         """(CLIP,), with the T5 of the folder int4_model where use_4bit_t5 asks for it."""
-        folder = int4_model if use_4bit_t5 == "enable" else None
+        folder = int4_model if use_4bit_t5 in ("enable", "INT4") else None  # INT4: as graphs of March 2025 have it
         if folder in (NONE, ""):
             raise ValueError(
                 "use_4bit_t5 is 'enable', but int4_model names no folder. Choose a folder of models/text_encoders that holds a 4-bit T5, "
@@ -148,11 +148,12 @@ def find(asked: str, widget: str) -> tuple[str, str]:
 
     try:
         found = resolve(asked, text_encoder_names(), replace(TEXT_ENCODERS, widget=widget))
+        path = text_encoder_path(found.name)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{widget}: {error}") from error
     if found.how is not None:
         log.warning("%s: '%s' is not here; using '%s' (%s).", widget, asked, found.name, found.how)
-    return found.name, text_encoder_path(found.name)
+    return found.name, path
 
 
 def tokens(length: object) -> int:

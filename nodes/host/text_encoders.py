@@ -55,13 +55,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of one CLIP. where: the T5's slot and name, as messages begin."""
+    """The files of one CLIP. where: the T5's slot and name, as messages begin. names: of its tensors, where it is not in 4 bit."""
 
     clip_l: str
     t5: str
     four_bit: bool
     dims: T5Dims | None
     where: str
+    names: frozenset[str] = frozenset()
 
 
 class TextEncoderPatcher(TonfaPatcher):
@@ -109,20 +110,22 @@ class TextEncoders(comfy.sd.CLIP):
 # -- which file is which ------------------------------------------------------------------------------------------------------------
 
 
-def look_at(slot: Slot) -> Encoder:
-    """What lies in a slot. Raises CheckpointError naming the slot."""
+def look_at(slot: Slot) -> tuple[Encoder, frozenset[str]]:
+    """What lies in a slot, and the names of its tensors. Raises CheckpointError naming the slot."""
     where = f"{slot.widget}: {slot.name}"
     try:
         if is_gguf(slot.path):
             raise CheckpointError(f"{slot.path} is a GGUF file; load it with 'DualCLIPLoader (GGUF)' of the pack ComfyUI-GGUF, not here.")
+        metadata = {}
         if os.path.splitext(slot.path)[1].lower() in SAFETENSORS:
             file = TensorFile(slot.path)
-            encoder = recognise({name: entry.shape for name, entry in file.entries.items()}, file.metadata, where)
+            shapes, metadata = {name: entry.shape for name, entry in file.entries.items()}, file.metadata
         else:
-            encoder = recognise({name: tuple(t.shape) for name, t in pickled(slot.path).items() if isinstance(t, Tensor)}, {}, where)
+            shapes = {name: tuple(t.shape) for name, t in pickled(slot.path).items() if isinstance(t, Tensor)}
+        encoder = recognise(shapes, metadata, where)
         if encoder.kind == "t5_4bit":
             open_awq_t5(slot.path)  # for its checks
-        return encoder
+        return encoder, frozenset(shapes)
     except CheckpointError as error:
         raise named(error, where) from error
 
@@ -158,21 +161,21 @@ def sort_out(first: Slot, second: Slot, four_bit_folder: Slot | None = None) -> 
     """
     found = {}
     for slot in (first, second):
-        encoder = look_at(slot)
+        encoder, names = look_at(slot)
         role = "clip_l" if encoder.kind == "clip_l" else "t5"
         if encoder.kind == "other":
             raise CheckpointError(f"{slot.widget}: {slot.name} is {encoder.what}. {WANTED}")
         if role in found:
             raise CheckpointError(f"{slot.widget}: {slot.name} is {encoder.what}, and so is {found[role][0].name}. {WANTED}")
-        found[role] = slot, encoder
-    (clip_l, _), (t5, encoder) = found["clip_l"], found["t5"]
+        found[role] = slot, encoder, names
+    clip_l, (t5, encoder, names) = found["clip_l"][0], found["t5"]
     if four_bit_folder is not None:
         try:
             open_awq_t5(four_bit_folder.path)
         except CheckpointError as error:
             raise CheckpointError(f"{four_bit_folder.widget}: {error}") from error
         return Pair(clip_l.path, four_bit_folder.path, True, None, four_bit_folder.widget)
-    return Pair(clip_l.path, t5.path, encoder.kind == "t5_4bit", encoder.dims, f"{t5.widget}: {t5.name}")
+    return Pair(clip_l.path, t5.path, encoder.kind == "t5_4bit", encoder.dims, f"{t5.widget}: {t5.name}", names)
 
 
 # -- building -----------------------------------------------------------------------------------------------------------------------
@@ -200,12 +203,12 @@ def load_clip(pair: Pair, **keywords: object) -> comfy.sd.CLIP:
 
 def load_plain(pair: Pair, embeddings: list[str], **keywords: object) -> comfy.sd.CLIP:
     """By the host's own loader, unless the T5 has names that this host would leave out: then under the host's names."""
-    named = {"clip_type": comfy.sd.CLIPType.FLUX, "model_options": config_for(pair.dims), **keywords}
+    how = {"clip_type": comfy.sd.CLIPType.FLUX, "model_options": config_for(pair.dims), **keywords}
     tensors = renamed(pair)
     if tensors is None:
-        return comfy.sd.load_clip([pair.clip_l, pair.t5], embeddings, **named)
+        return comfy.sd.load_clip([pair.clip_l, pair.t5], embeddings, **how)
     files = [comfy.utils.load_torch_file(pair.clip_l, safe_load=True), tensors]
-    clip = comfy.sd.load_text_encoder_state_dicts(files, embeddings, **named)
+    clip = comfy.sd.load_text_encoder_state_dicts(files, embeddings, **how)
     clip.patcher.cached_patcher_init = (load_patcher, (pair,))
     return clip
 
@@ -215,11 +218,11 @@ def renamed(pair: Pair) -> dict[str, Tensor] | None:
 
     Every host takes the embedding from `shared` alone. Hosts of 2025 know a scaled fp8 weight by `scale_weight`, newer ones by both names.
     """
-    tensors, metadata = comfy.utils.load_torch_file(pair.t5, safe_load=True, return_metadata=True)
     convert = getattr(comfy.utils, "convert_old_quants", None)
-    old_names = convert is None and any(name.endswith(".weight_scale") for name in tensors)
-    if not old_names and EMBEDDINGS[0] in tensors:
+    old_names = convert is None and any(name.endswith(".weight_scale") for name in pair.names)
+    if not old_names and EMBEDDINGS[0] in pair.names:
         return None
+    tensors, metadata = comfy.utils.load_torch_file(pair.t5, safe_load=True, return_metadata=True)
     tensors.setdefault(EMBEDDINGS[0], tensors.get(EMBEDDINGS[1]))
     if convert is not None:
         return convert(tensors, model_prefix="", metadata=metadata)[0]

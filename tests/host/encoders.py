@@ -130,6 +130,7 @@ KINDS = {
     "4bit, other sizes": lambda: four_bit_of("sizes.safetensors", AS_CLIP_L),
     "fp16, embedding renamed": lambda: embedding_of_another_name("fp16"),
     "4bit, embedding renamed": lambda: embedding_of_another_name("4bit"),
+    "scaled fp8, embedding renamed": lambda: embedding_of_another_name("scaled fp8"),
     "pickle": pickled,
 }
 

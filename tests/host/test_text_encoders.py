@@ -31,7 +31,7 @@ from torch import Tensor
 import nodes
 
 from . import encoders
-from .lab import CPU, rel
+from .lab import CPU, loaded, made, rel
 from .loras import Random, counted, counted_loads, sizes, unload
 
 TEXT = "a red fox, (very:1.3) small"
@@ -123,10 +123,10 @@ def test_a_whole_clip_without_a_text_projection(plain):
 
 def test_the_deprecated_node_and_its_folder(plain):
     """The folder's T5 takes the place of the one in a slot, in either order; without the switch it is not looked at."""
-    for key in ("NunchakuTextEncoderLoader", "SVDQuantTextEncoderLoader"):
+    for key, switch in (("NunchakuTextEncoderLoader", "enable"), ("SVDQuantTextEncoderLoader", "INT4")):  # INT4: of March 2025
         loader, chosen = node(key), name_of(encoders.in_a_folder().parent) if key == "NunchakuTextEncoderLoader" else "awq-int4-t5"
         assert loader.INPUT_TYPES()["required"]["int4_model"][0] == ["none", "awq-int4-t5"]
-        clip = load(encoders.t5("fp16"), encoders.clip_l(), loader=loader, use_4bit_t5="enable", int4_model=chosen)
+        clip = load(encoders.t5("fp16"), encoders.clip_l(), loader=loader, use_4bit_t5=switch, int4_model=chosen)
         assert torch.equal(encode(clip)[0], plain[0])
     clip = load(encoders.t5("bf16"), encoders.clip_l(), loader=loader, use_4bit_t5="disable", int4_model="gone")
     assert not packed_of(clip)
@@ -257,6 +257,16 @@ def test_errors_name_the_slot_and_what_was_found(name, second):
     said = str(raised.value)
     assert said.startswith(f"text_encoder{1 + second}: ") and wrong.name in said and all(word in said for word in words), said
     assert "\n" not in said
+
+
+def test_quantisation_that_an_older_host_cannot_read(monkeypatch):
+    """Such a host would take the stored numbers for the weights."""
+    monkeypatch.delattr(comfy.utils, "convert_old_quants", raising=False)
+    scaled = encoders.t5_files.scaled_fp8(encoders.weights(), "weight_scale")
+    for change in ({f"{Q}.weight": encoders.weights()[f"{Q}.weight"]}, {f"{Q}.weight_scale": torch.ones(256)}):
+        path = encoders.saved("newer.safetensors", scaled | change)
+        with pytest.raises(CheckpointError, match="^text_encoder1: newer.safetensors is quantised in a form .* Update ComfyUI"):
+            load(path, encoders.clip_l())
 
 
 @pytest.mark.parametrize(("kind", "what"), [(encoders.clip_l, "a CLIP-L text encoder"), (lambda: encoders.t5("4bit"), "a 4-bit T5")])
@@ -540,6 +550,18 @@ def test_a_saved_encoder_holds_real_numbers(ours, files, name, base):
     got = encode(load(paths["clip_l"], paths["t5xxl"]))
     assert rel(got[0], wanted[0]) < 1e-3 and rel(got[1], wanted[1]) < 1e-3
     assert all(torch.equal(a, b) for a, b in zip(encode(clip), wanted, strict=True))
+
+
+def test_a_checkpoint_with_its_text_encoders(ours, files, tmp_path):
+    """CheckpointSave's function."""
+    clip, key = with_lora(ours, files["t5"]), f"text_encoders.t5xxl.transformer.{WO}.weight"
+    n, k = encoders.DIMS.linears()[WO]
+    with torch.inference_mode():
+        comfy.sd.save_checkpoint(str(tmp_path / "whole.safetensors"), loaded(made()), clip)
+    saved, before = load_file(tmp_path / "whole.safetensors")[key], encoders.numbers(encoders.t5("4bit"))[f"{WO}.weight"]
+    tensors, name = lora(2, clip_l=False), f"lora_te2_{WO.replace('.', '_')}"
+    delta = 0.7 * 2 / 4 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+    assert saved.dtype == torch.float16 and saved.shape == (n, k) and rel(saved.float(), before + delta) < 1e-3
 
 
 def test_the_state_dict_of_a_clip_is_dense(ours):
