@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
     t5.add_argument("output", type=Path, metavar="OUT", help="the .safetensors file to write (about 3 GB)")
     t5.add_argument("--device", choices=("cpu", "cuda"), help="where to search (default: the GPU if torch finds one)")
     t5.add_argument("--precision-of-rest", choices=("keep", "fp16", "bf16"), default="keep", help="type of embedding and norms")
+    get = commands.add_parser("download", help="fetches a published checkpoint or text encoder into ComfyUI's folder")
+    get.add_argument("name", nargs="?", metavar="NAME", help="flux.1-dev, a file name from a graph, or OWNER/REPO/FILE; see --list")
+    get.add_argument("--list", action="store_true", help="print the names that are known, and fetch nothing")
+    get.add_argument("--precision", choices=("int4", "fp4"), help="default: what NAME says, else int4, or fp4 on a Blackwell GPU")
+    get.add_argument("--rank", type=int, metavar="N", help="32 or 128 where both are published (default: what NAME says, else 32)")
+    get.add_argument("--to", type=Path, metavar="FOLDER", help="default: models/diffusion_models or models/text_encoders of ComfyUI")
     demo = commands.add_parser("demo", help="makes a small FLUX-shaped checkpoint and samples it in 16 and in 4 bit, side by side")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where demo.png goes (default: out)")
     demo.add_argument("--no-comfyui", action="store_true", help="do not use ComfyUI even if one is found")
@@ -54,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
         from tonfa.models import doctor
 
         return doctor.report(as_json=options.json)
+    if options.command == "download":
+        return download(options)
     if problem := torch_problem():
         return refuse(problem)
     if options.command == "inspect":
@@ -91,9 +99,37 @@ def refusals(command: str) -> tuple[type[Exception], ...]:
     """What a command raises when it refuses a file. Read only when something was raised, because importing it imports torch."""
     if command == "doctor":
         return (OSError,)
+    if command == "download":
+        from tonfa.models.download import DownloadError
+        from tonfa.models.published import NotPublished
+
+        return (DownloadError, NotPublished, OSError)
     from tonfa.models.formats.checkpoint import CheckpointError
 
     return (CheckpointError, OSError)
+
+
+def download(options: argparse.Namespace) -> int:
+    """Fetches one published file. This is the only command, and the only code of the pack, that uses the network."""
+    from tonfa.models import published
+    from tonfa.models.download import download as fetch
+    from tonfa.models.download import preferred_precision, target_folder
+
+    if options.list:
+        print(published.table())
+        return 0
+    if not options.name:
+        return refuse("say what to download, for example flux.1-dev; `download --list` prints the known names.")
+    known = published.known(options.name)
+    prefer, why = published.INT4, ""
+    if known and known[0].offered and not (options.precision or known[1]):
+        prefer, why = preferred_precision()
+        print(f"Taking {prefer}: {why}. --precision chooses.")
+    file = published.resolve(options.name, options.precision, options.rank, prefer)
+    if file.family in published.NO_LOADER:
+        print(f"Note: this version of ComfyUI-Tonfa has no loader for {file.family} files.")
+    fetch(file, target_folder(file, options.to))
+    return 0
 
 
 def inspect(file: Path, as_json: bool) -> int:
@@ -166,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: stopped", file=sys.stderr)
+        print(f"{PROGRAM}: stopped" + ("; the same command goes on from here" if options.command == "download" else ""), file=sys.stderr)
         return 130
     except refusals(options.command) as error:
         return refuse(error)

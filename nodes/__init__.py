@@ -20,6 +20,13 @@ FAMILIES: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
         "NunchakuTextEncoderLoader": ("NunchakuTextEncoderLoader", "Nunchaku Text Encoder Loader (Deprecated)", ("CLIP",)),
         "SVDQuantTextEncoderLoader": ("SVDQuantTextEncoderLoader", "SVDQuant Text Encoder Loader (old name)", ("CLIP",)),
     },
+    "tools": {
+        "NunchakuModelMerger": ("NunchakuModelMerger", "Nunchaku Model Merger", ("STRING",)),
+        "MergeNunchakuModelFolderToSafetensor": ("MergeNunchakuModelFolderToSafetensor", "Nunchaku Model Merger (old name)", ("STRING",)),
+        "NunchakuWheelInstaller": ("NunchakuWheelInstaller", "Nunchaku Installer", ("STRING",)),
+        "NunchakuDepthPreprocessor": ("NunchakuDepthPreprocessor", "FLUX Depth Preprocessor (Deprecated)", ("IMAGE",)),
+        "SVDQuantDepthPreprocessor": ("SVDQuantDepthPreprocessor", "SVDQuant Depth Preprocessor (old name)", ("IMAGE",)),
+    },
 }
 MEND = (
     "Update ComfyUI-Tonfa and ComfyUI, restart, and if it stays, run `python custom_nodes/ComfyUI-Tonfa doctor` with ComfyUI's Python: "

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from ...models.comfyui import PACK
+from ...models.published import asked_for
+
 LEGACY_FILE = "transformer_blocks.safetensors"  # its presence makes a folder a checkpoint of the old form
 EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 PRECISION = re.compile(r"(int4|fp4|nvfp4)(_r\d+)?(?=-|$)")
@@ -22,6 +25,7 @@ class Shelf:
     """One of the host's folders of files, in the words that messages use.
 
     kin: names that differ in precision, or in a rank that is left out, stand for the same model.
+    families: those of models/published.py that its node loads, so that a missing one is answered with the command that fetches it.
     """
 
     folder: str
@@ -29,10 +33,11 @@ class Shelf:
     wanted: str
     widget: str
     kin: bool = False
+    families: tuple[str, ...] = ()
 
 
-MODELS = Shelf("diffusion_models", "model", "a SVDQuant FLUX checkpoint", "model_path", kin=True)
-TEXT_ENCODERS = Shelf("text_encoders", "text encoder", "clip_l.safetensors and a T5-XXL file", "text_encoder1")
+MODELS = Shelf("diffusion_models", "model", "a SVDQuant FLUX checkpoint", "model_path", kin=True, families=("flux.1",))
+TEXT_ENCODERS = Shelf("text_encoders", "text encoder", "clip_l.safetensors and a T5-XXL file", "text_encoder1", families=("text encoder",))
 LORAS = Shelf("loras", "LoRA", "a LoRA file", "lora_name")
 
 
@@ -46,8 +51,12 @@ class Found:
 
 def with_legacy_folders(files: Sequence[str]) -> list[str]:
     """The host's list of files with, behind it, the folders among them that are checkpoints of the old form."""
-    folders = {slashes(name).rsplit("/", 1)[0] for name in files if slashes(name).endswith("/" + LEGACY_FILE)}
-    return [*files, *sorted(folders)]
+    return [*files, *legacy_folders(files)]
+
+
+def legacy_folders(files: Sequence[str]) -> list[str]:
+    """The folders, among those that a list of files names, that are checkpoints of the old form."""
+    return sorted({slashes(name).rsplit("/", 1)[0] for name in files if slashes(name).endswith("/" + LEGACY_FILE)})
 
 
 def resolve(asked: str, names: Sequence[str], shelf: Shelf = MODELS) -> Found:
@@ -125,8 +134,17 @@ def not_found(wanted: str, names: Sequence[str], shelf: Shelf) -> str:
     said = f"{shelf.what[0].upper()}{shelf.what[1:]} '{wanted}' is not in ComfyUI's {shelf.folder} folders. {there}"
     if wanted.lower().endswith(".gguf") and shelf.folder in GGUF_LOADERS:
         return f"{said} A .gguf file is not for this node: load it with '{GGUF_LOADERS[shelf.folder]}' of the pack ComfyUI-GGUF."
+    if file := asked_for(wanted, shelf.families):
+        said += f" It is a published file. To fetch it, run `{download_command(file.name)}` in ComfyUI's folder, with its Python."
     tried = [base for base in dict.fromkeys(base for base, _ in spellings(base_name(wanted), shelf)) if base != wanted]
     return f"{said} (Also tried: {', '.join(tried[:MOST_TRIED])}.)" if tried else said
+
+
+def download_command(name: str) -> str:
+    """The command line that fetches a published file, ready to paste."""
+    place = f"custom_nodes/{PACK.name}"
+    quoted = place if re.fullmatch(r"[-./\w]+", place) else f'"{place}"'
+    return f"python {quoted} download {name}"
 
 
 def slashes(name: str) -> str:
@@ -149,6 +167,13 @@ def model_names() -> list[str]:
     import folder_paths
 
     return with_legacy_folders(folder_paths.get_filename_list("diffusion_models"))
+
+
+def model_folders() -> list[str]:
+    """Of `model_names`, the folders of the old form."""
+    import folder_paths
+
+    return legacy_folders(folder_paths.get_filename_list("diffusion_models"))
 
 
 def model_path(name: str) -> str:
