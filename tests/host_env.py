@@ -25,6 +25,7 @@ SKIPPED = (
     "Host tests SKIPPED: no ComfyUI found. To run them: git clone https://github.com/comfyanonymous/ComfyUI ~/comfy/ComfyUI, "
     "or set COMFYUI_PATH to yours, then make test again."
 )
+OPTIONAL = ("playwright",)  # for tests/host/test_browser.py, which says so and is skipped where one is missing
 TORCH_FAMILY = ("torch", "torchvision", "torchaudio")
 
 
@@ -55,6 +56,10 @@ def install(python: Path, host: Path) -> None:
     missing = [wanted for wanted in companions(torch) if version_in(python, wanted.split("=")[0]) is None]
     if missing:
         pip(python, "--no-deps", *missing)
+    try:
+        pip(python, *OPTIONAL)
+    except SystemExit as failed:
+        print(f"{failed}. The tests that need it are skipped.", file=sys.stderr, flush=True)
     cuda = subprocess.check_output([str(python), "-c", "import torch; print(torch.version.cuda or torch.version.hip or '')"], text=True)
     if not cuda.strip():
         # torchaudio's wheel is a CUDA build. Without its libraries it takes its "no extension" branch, which is all that the host needs.
@@ -67,7 +72,7 @@ def build(host: Path) -> Path:
     venv = ROOT / f".venv-host-{comfyui_version(host)}"
     python = venv_python(venv)
     wanted = hashlib.sha256(
-        "\n".join([sys.executable, str(version_in(sys.executable, "torch")), *host_requirements(host)]).encode()
+        "\n".join([sys.executable, str(version_in(sys.executable, "torch")), *host_requirements(host), *OPTIONAL]).encode()
     ).hexdigest()
     stamp = venv / ".tonfa-ready"
     if python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:

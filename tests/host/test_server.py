@@ -208,7 +208,7 @@ def test_help_translations_and_example_are_served(server):
     assert b"NunchakuFluxDiTLoader" in server.request("/extensions/ComfyUI-Tonfa/docs/SVDQuantFluxDiTLoader.md")
     assert b"stay" in server.request("/extensions/ComfyUI-Tonfa/docs/NunchakuFluxLoraStack.md")
     assert server.get("/i18n")["ko"]["nodeDefs"]["NunchakuFluxLoraStack"]["inputs"]["lora_strength_15"]["name"]
-    assert server.get("/workflow_templates")["ComfyUI-Tonfa"] == ["tonfa-flux.1-dev"]
+    assert "tonfa-flux.1-dev" in server.get("/workflow_templates")["ComfyUI-Tonfa"]
     assert server.request("/api/workflow_templates/ComfyUI-Tonfa/tonfa-flux.1-dev.jpg").startswith(b"\xff\xd8")
 
 
@@ -339,22 +339,20 @@ def sampled_with(t5: Path, length: int):
     return sample(twin(text_model()), positive=positive, steps=8)
 
 
-@pytest.mark.parametrize("length", [256, 512])
-def test_graphs_with_each_text_encoder_loader(server, text_files, length):
+def test_graphs_with_each_text_encoder_loader(server, text_files):
     """V2; the deprecated one with the files reversed, as in ComfyUI-nunchaku's own graphs, and with its folder; the oldest name."""
     clip, off = "clip_l.safetensors", {"use_4bit_t5": "disable", "int4_model": "none"}
     on = {"use_4bit_t5": "enable", "int4_model": "awq-int4-t5"}
-    wanted = {kind: sampled_with(encoders.t5(kind), length) for kind in ("4bit", "fp16")}
+    four_bit, sixteen = sampled_with(encoders.t5("4bit"), 512), sampled_with(encoders.t5("fp16"), 512)
     posted = {
-        "v2": ("4bit", with_text("v2", "NunchakuTextEncoderLoaderV2", "flux.1", clip, AWQ, length)),
-        "reversed": ("fp16", with_text("reversed", "NunchakuTextEncoderLoader", "flux", FP16, clip, length, **off)),
-        "folder": ("4bit", with_text("folder", "NunchakuTextEncoderLoader", "flux", FP16, clip, length, **on)),
-        "alias": ("4bit", with_text("alias", "SVDQuantTextEncoderLoader", "flux", "old\\" + AWQ, clip, length, **off)),
+        "v2": (four_bit, with_text("v2", "NunchakuTextEncoderLoaderV2", "flux.1", clip, AWQ, 512)),
+        "reversed": (sixteen, with_text("reversed", "NunchakuTextEncoderLoader", "flux", FP16, clip, 512, **off)),
+        "folder": (four_bit, with_text("folder", "NunchakuTextEncoderLoader", "flux", FP16, clip, 512, **on)),
+        "alias": (sixteen, with_text("alias", "SVDQuantTextEncoderLoader", "flux", "old\\" + FP16, clip, 512, **off)),
     }
-    for prefix, (kind, one) in posted.items():
-        one["5"]["inputs"]["filename_prefix"] = name = f"{prefix}_{length}"
-        assert snr(latent(server, name, server.run(one)), wanted[kind]) > 50, prefix
-    assert snr(wanted["4bit"], wanted["fp16"]) < 45
+    for prefix, (wanted, one) in posted.items():
+        assert snr(latent(server, prefix, server.run(one)), wanted) > 50, prefix
+    assert snr(four_bit, sixteen) < 45
 
 
 def test_a_linked_length_of_the_t5(server, text_files):

@@ -1,0 +1,346 @@
+"""Writes the example graphs beside this file, as ComfyUI saves them:  python workflows/make.py
+
+Each graph below is a list of columns; a node's place and size follow from its column. KINDS has every node's inputs and outputs
+(stock nodes as in ComfyUI 0.3.64, which newer ones read). tests/nodes/test_workflows.py checks that the files are what this writes.
+The pictures beside them are screenshots that tests/host/test_browser.py takes; it says how.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+KINDS = {  # node -> linked inputs | widgets | outputs
+    "NunchakuFluxDiTLoader": "| model_path COMBO, cache_threshold FLOAT, attention COMBO, cpu_offload COMBO, device_id INT, "
+    "data_type COMBO, i2f_mode COMBO?, compute COMBO? | MODEL MODEL",
+    "NunchakuFluxLoraLoader": "model MODEL | lora_name COMBO, lora_strength FLOAT | MODEL MODEL",
+    "NunchakuTextEncoderLoaderV2": "| model_type COMBO, text_encoder1 COMBO, text_encoder2 COMBO, t5_min_length INT | CLIP CLIP",
+    "Canny": "image IMAGE | low_threshold FLOAT, high_threshold FLOAT | IMAGE IMAGE",
+    "CLIPTextEncode": "clip CLIP | text STRING | CONDITIONING CONDITIONING",
+    "CLIPVisionEncode": "clip_vision CLIP_VISION, image IMAGE | crop COMBO | CLIP_VISION_OUTPUT CLIP_VISION_OUTPUT",
+    "CLIPVisionLoader": "| clip_name COMBO | CLIP_VISION CLIP_VISION",
+    "ConditioningZeroOut": "conditioning CONDITIONING | | CONDITIONING CONDITIONING",
+    "ControlNetApplyAdvanced": "positive CONDITIONING, negative CONDITIONING, control_net CONTROL_NET, image IMAGE, vae VAE? "
+    "| strength FLOAT, start_percent FLOAT, end_percent FLOAT | positive CONDITIONING, negative CONDITIONING",
+    "ControlNetLoader": "| control_net_name COMBO | CONTROL_NET CONTROL_NET",
+    "DualCLIPLoader": "| clip_name1 COMBO, clip_name2 COMBO, type COMBO, device COMBO? | CLIP CLIP",
+    "EmptySD3LatentImage": "| width INT, height INT, batch_size INT | LATENT LATENT",
+    "FluxGuidance": "conditioning CONDITIONING | guidance FLOAT | CONDITIONING CONDITIONING",
+    "FluxKontextImageScale": "image IMAGE | | IMAGE IMAGE",
+    "ImageScale": "image IMAGE | upscale_method COMBO, width INT, height INT, crop COMBO | IMAGE IMAGE",
+    "InpaintModelConditioning": "positive CONDITIONING, negative CONDITIONING, vae VAE, pixels IMAGE, mask MASK | noise_mask BOOLEAN "
+    "| positive CONDITIONING, negative CONDITIONING, latent LATENT",
+    "InstructPixToPixConditioning": "positive CONDITIONING, negative CONDITIONING, vae VAE, pixels IMAGE | "
+    "| positive CONDITIONING, negative CONDITIONING, latent LATENT",
+    "KSampler": "model MODEL, positive CONDITIONING, negative CONDITIONING, latent_image LATENT "
+    "| seed INT, steps INT, cfg FLOAT, sampler_name COMBO, scheduler COMBO, denoise FLOAT | LATENT LATENT",
+    "LoadImage": "| image COMBO, upload IMAGEUPLOAD | IMAGE IMAGE, MASK MASK",
+    "LoraLoaderModelOnly": "model MODEL | lora_name COMBO, strength_model FLOAT | MODEL MODEL",
+    "PreviewImage": "images IMAGE | |",
+    "ReferenceLatent": "conditioning CONDITIONING, latent LATENT? | | CONDITIONING CONDITIONING",
+    "SaveImage": "images IMAGE | filename_prefix STRING |",
+    "SetUnionControlNetType": "control_net CONTROL_NET | type COMBO | CONTROL_NET CONTROL_NET",
+    "StyleModelApply": "conditioning CONDITIONING, style_model STYLE_MODEL, clip_vision_output CLIP_VISION_OUTPUT "
+    "| strength FLOAT, strength_type COMBO | CONDITIONING CONDITIONING",
+    "StyleModelLoader": "| style_model_name COMBO | STYLE_MODEL STYLE_MODEL",
+    "VAEDecode": "samples LATENT, vae VAE | | IMAGE IMAGE",
+    "VAEDecodeTiled": "samples LATENT, vae VAE | tile_size INT, overlap INT, temporal_size INT, temporal_overlap INT | IMAGE IMAGE",
+    "VAEEncode": "pixels IMAGE, vae VAE | | LATENT LATENT",
+    "VAELoader": "| vae_name COMBO | VAE VAE",
+    "MarkdownNote": "| |",
+}
+WIDTHS = {"MarkdownNote": 480, "SaveImage": 400, "CLIPTextEncode": 380, "NunchakuFluxDiTLoader": 400}  # the others: 320
+EXTRA = {"CLIPTextEncode": 110, "SaveImage": 400, "PreviewImage": 240, "LoadImage": 260}  # height beyond slots and widgets
+SVDQ = "svdq-int4_r32-flux.1-{}.safetensors"
+CLIP_L, T5, T5_4BIT, AE = "clip_l.safetensors", "t5xxl_fp16.safetensors", "awq-int4-flux.1-t5xxl.safetensors", "ae.safetensors"
+UNION, REDUX, SIGCLIP = "controlnet-union-pro-2.0.safetensors", "flux1-redux-dev.safetensors", "sigclip_vision_patch14_384.safetensors"
+TURBO = "flux.1-turbo-alpha.safetensors"
+SOURCES = {  # file -> folder under models/, repository on Hugging Face, and its name there if that is another
+    **{SVDQ.format(kind): ("diffusion_models", f"nunchaku-ai/nunchaku-flux.1-{kind}", "")
+       for kind in ("dev", "schnell", "kontext-dev", "fill-dev", "canny-dev", "depth-dev")},
+    CLIP_L: ("text_encoders", "comfyanonymous/flux_text_encoders", ""),
+    T5: ("text_encoders", "comfyanonymous/flux_text_encoders", ""),
+    T5_4BIT: ("text_encoders", "nunchaku-ai/nunchaku-t5", ""),
+    AE: ("vae", "black-forest-labs/FLUX.1-schnell", ""),
+    UNION: ("controlnet", "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0", "diffusion_pytorch_model.safetensors"),
+    REDUX: ("style_models", "black-forest-labs/FLUX.1-Redux-dev", ""),
+    SIGCLIP: ("clip_vision", "Comfy-Org/sigclip_vision_384", ""),
+    TURBO: ("loras", "alimama-creative/FLUX.1-Turbo-Alpha", "diffusion_pytorch_model.safetensors"),
+}  # fmt: skip
+OF_EVERY_FILE = (
+    "INT4 files (`svdq-int4…`) and NVFP4 files (`svdq-fp4…`) both run on any GPU; where only the other one is there, it is taken. "
+    "To fetch a 4-bit file or a text encoder: `python custom_nodes/ComfyUI-Tonfa download {}`, with ComfyUI's Python."
+)
+SCENE = "A lighthouse on a cliff above a calm sea at dawn, soft light, wide view, film photograph"
+
+
+def slot(name: str, kind: str, **more: object) -> dict:
+    """An input as it is saved; 7 is the shape of an optional one."""
+    return {"name": name, "type": kind.rstrip("?"), **more} | ({"shape": 7} if kind.endswith("?") else {})
+
+
+class Graph:
+    """Nodes in columns, left to right. `add` gives a node's output (or its outputs), which later nodes take as linked inputs."""
+
+    def __init__(self) -> None:
+        self.nodes, self.links = [], []
+        self.x, self.y, self.width = 0, 0, 0
+
+    def column(self) -> None:
+        """Closes the column: its nodes get the widest one's width."""
+        for node in self.nodes:
+            if node["pos"][0] == self.x:
+                node["size"][0] = self.width
+        self.x, self.y, self.width = self.x + self.width + 60, 0, 0
+
+    def add(self, kind: str, *values: object, title: str = "", height: int = 0, **linked: tuple[int, int]):
+        inputs, widgets, outputs = ([entry.split() for entry in part.split(",") if entry.strip()] for part in KINDS[kind].split("|"))
+        key = len(self.nodes) + 1
+        assert set(linked) <= {name for name, _ in inputs} and len(values) >= len(widgets), (kind, linked, values)
+        slots = [slot(*entry, link=self.link(linked.get(entry[0]), key, i, entry[1])) for i, entry in enumerate(inputs)]
+        slots += [slot(*entry, link=None, widget={"name": entry[0]}) for entry in widgets]
+        size = [WIDTHS.get(kind, 320), height or 10 + 20 * max(len(inputs), len(outputs)) + 24 * len(values) + EXTRA.get(kind, 0)]
+        node = {
+            "id": key, "type": kind, "pos": [self.x, self.y], "size": size, "flags": {}, "order": key - 1, "mode": 0, "inputs": slots,
+            "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in outputs],
+            "properties": {"Node name for S&R": kind}, "widgets_values": list(values),
+        }  # fmt: skip
+        self.nodes.append(node | ({"title": title} if title else {}))
+        self.y, self.width = self.y + size[1] + 70, max(self.width, size[0])
+        made = tuple((key, i) for i in range(len(outputs)))
+        return made[0] if len(made) == 1 else made
+
+    def link(self, source: tuple[int, int] | None, target: int, slot: int, kind: str) -> int | None:
+        if source is None:
+            return None
+        key = len(self.links) + 1
+        self.links.append([key, *source, target, slot, kind.rstrip("?")])
+        self.nodes[source[0] - 1]["outputs"][source[1]]["links"].append(key)
+        return key
+
+    def note(self, heading: str, *files: str, more: str = "") -> None:
+        """The first column: which file goes where, and what else there is to know."""
+        lines = [f"## {heading}", "Files, each with its folder and where it comes from:"]
+        for name in files:
+            folder, repository, there = SOURCES[name]
+            comes = f"[{repository}](https://huggingface.co/{repository})" + (f", there called `{there}`" if there else "")
+            lines.append(f"- `{name}` in `models/{folder}`: {comes}")
+        lines += ["", more, "", OF_EVERY_FILE.format(files[0])]
+        self.add("MarkdownNote", "\n".join(lines), title="Files", height=420)
+
+    def saved(self, stem: str) -> dict:
+        self.column()
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, stem)), "revision": 0,
+            "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links,
+            "groups": [], "config": {}, "extra": {}, "version": 0.4,
+        }  # fmt: skip
+
+
+# -- what several graphs share ----------------------------------------------------------------------------------------------------------
+
+
+def loaders(g: Graph, kind: str, clip4: bool = False, offload: str = "auto", cache: float = 0):
+    """A column with the three loaders; MODEL, CLIP, VAE. The DiT loader is last: new versions give it more inputs."""
+    g.column()
+    if clip4:
+        clip = g.add("NunchakuTextEncoderLoaderV2", "flux.1", CLIP_L, T5_4BIT, 512)
+    else:
+        clip = g.add("DualCLIPLoader", CLIP_L, T5, "flux", "default")
+    vae = g.add("VAELoader", AE)
+    model = g.add("NunchakuFluxDiTLoader", SVDQ.format(kind), cache, "nunchaku-fp16", offload, 0, "bfloat16", "enabled", "auto")
+    return model, clip, vae
+
+
+def prompt(g: Graph, clip, text: str, guidance: float | None = 3.5):
+    """Positive and, since FLUX.1 knows none, an empty negative conditioning."""
+    said = g.add("CLIPTextEncode", text, clip=clip, title="Prompt")
+    positive = said if guidance is None else g.add("FluxGuidance", guidance, conditioning=said)
+    return positive, g.add("ConditioningZeroOut", conditioning=said)
+
+
+def picture(g: Graph, model, positive, negative, latent, vae, stem: str, steps: int = 20, tiled: bool = False) -> None:
+    """Sampler, VAE, SaveImage: the last two columns."""
+    g.column()
+    wires = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
+    samples = g.add("KSampler", 42, "fixed", steps, 1.0, "euler", "simple", 1.0, **wires)
+    if tiled:
+        images = g.add("VAEDecodeTiled", 512, 64, 64, 8, samples=samples, vae=vae)
+    else:
+        images = g.add("VAEDecode", samples=samples, vae=vae)
+    g.column()
+    g.add("SaveImage", stem, images=images)
+
+
+def text_to_image(g: Graph, stem: str, kind: str = "dev", steps: int = 20, guidance: float | None = 3.5, tiled: bool = False, **options):
+    model, clip, vae = loaders(g, kind, **options)
+    g.column()
+    positive, negative = prompt(g, clip, SCENE, guidance)
+    latent = g.add("EmptySD3LatentImage", 1024, 1024, 1)
+    picture(g, model, positive, negative, latent, vae, stem, steps, tiled)
+
+
+# -- the graphs -------------------------------------------------------------------------------------------------------------------------
+
+
+def dev(g: Graph, stem: str) -> None:
+    more = "Faster, and a little further from the full picture: `cache_threshold` 0.12."
+    g.note("FLUX.1-dev in 4 bit", SVDQ.format("dev"), CLIP_L, T5, AE, more=more)
+    text_to_image(g, stem)
+
+
+def schnell(g: Graph, stem: str) -> None:
+    more = "4 steps; schnell has no guidance input."
+    g.note("FLUX.1-schnell in 4 bit", SVDQ.format("schnell"), CLIP_L, T5, AE, more=more)
+    text_to_image(g, stem, "schnell", steps=4, guidance=None)
+
+
+def lora(g: Graph, stem: str) -> None:
+    more = "The second LoRA is any FLUX.1 LoRA of yours, in `models/loras`. *Nunchaku FLUX LoRA Loader*, *Stack* and ComfyUI's own "
+    more += "LoRA nodes work in any number and order. With the Turbo LoRA, 8 steps are enough."
+    g.note("FLUX.1-dev in 4 bit with two LoRAs", SVDQ.format("dev"), TURBO, CLIP_L, T5, AE, more=more)
+    model, clip, vae = loaders(g, "dev")
+    g.column()
+    model = g.add("NunchakuFluxLoraLoader", TURBO, 1.0, model=model)
+    model = g.add("LoraLoaderModelOnly", "my-style.safetensors", 0.8, model=model)
+    positive, negative = prompt(g, clip, SCENE)
+    latent = g.add("EmptySD3LatentImage", 1024, 1024, 1)
+    picture(g, model, positive, negative, latent, vae, stem, steps=8)
+
+
+def kontext(g: Graph, stem: str) -> None:
+    more = "The picture to edit is chosen in *Load Image*; the prompt says what shall change."
+    g.note("FLUX.1-Kontext-dev in 4 bit", SVDQ.format("kontext-dev"), CLIP_L, T5, AE, more=more)
+    model, clip, vae = loaders(g, "kontext-dev")
+    g.column()
+    image, _ = g.add("LoadImage", "example.png", "image", title="Picture to edit")
+    scaled = g.add("FluxKontextImageScale", image=image)
+    latent = g.add("VAEEncode", pixels=scaled, vae=vae)
+    g.column()
+    said = g.add("CLIPTextEncode", "Make it a winter scene with snow, keep everything else as it is", clip=clip, title="Prompt")
+    positive = g.add("ReferenceLatent", conditioning=said, latent=latent)
+    positive = g.add("FluxGuidance", 2.5, conditioning=positive)
+    negative = g.add("ConditioningZeroOut", conditioning=said)
+    picture(g, model, positive, negative, latent, vae, stem)
+
+
+def fill(g: Graph, stem: str) -> None:
+    more = "Paint the mask on *Load Image* (right click, *Open in MaskEditor*). The masked part is made anew from the prompt."
+    g.note("FLUX.1-Fill-dev in 4 bit: inpainting", SVDQ.format("fill-dev"), CLIP_L, T5, AE, more=more)
+    model, clip, vae = loaders(g, "fill-dev")
+    g.column()
+    image, mask = g.add("LoadImage", "example.png", "image", title="Picture and mask")
+    positive, negative = prompt(g, clip, "A wooden rowing boat on the shore", 30.0)
+    g.column()
+    wires = {"positive": positive, "negative": negative, "vae": vae, "pixels": image, "mask": mask}
+    positive, negative, latent = g.add("InpaintModelConditioning", False, **wires)
+    picture(g, model, positive, negative, latent, vae, stem)
+
+
+def canny(g: Graph, stem: str) -> None:
+    more = "The picture's edges guide the new one. Sizes are multiples of 16."
+    g.note("FLUX.1-Canny-dev in 4 bit", SVDQ.format("canny-dev"), CLIP_L, T5, AE, more=more)
+    model, clip, vae = loaders(g, "canny-dev")
+    guided(g, stem, model, clip, vae, "Picture", edges=True)
+
+
+def depth(g: Graph, stem: str) -> None:
+    more = "*Load Image* takes a depth map (near is white), made by any depth node or program; the pack comfyui_controlnet_aux has "
+    more += "such nodes."
+    g.note("FLUX.1-Depth-dev in 4 bit", SVDQ.format("depth-dev"), CLIP_L, T5, AE, more=more)
+    model, clip, vae = loaders(g, "depth-dev")
+    guided(g, stem, model, clip, vae, "Depth map", edges=False)
+
+
+def guided(g: Graph, stem: str, model, clip, vae, title: str, edges: bool) -> None:
+    """The part that Canny and Depth share: a picture of the wanted size beside the latent."""
+    g.column()
+    image, _ = g.add("LoadImage", "example.png", "image", title=title)
+    image = g.add("ImageScale", "lanczos", 1024, 1024, "center", image=image)
+    if edges:
+        image = g.add("Canny", 0.2, 0.4, image=image)
+    g.column()
+    positive, negative = prompt(g, clip, SCENE, 30.0)
+    wires = {"positive": positive, "negative": negative, "vae": vae, "pixels": image}
+    positive, negative, latent = g.add("InstructPixToPixConditioning", **wires)
+    picture(g, model, positive, negative, latent, vae, stem)
+
+
+def redux(g: Graph, stem: str) -> None:
+    more = "The picture's style and content join the prompt; a lower `strength` lets the prompt say more."
+    g.note("FLUX.1-dev in 4 bit with Redux", SVDQ.format("dev"), REDUX, SIGCLIP, CLIP_L, T5, AE, more=more)
+    model, clip, vae = loaders(g, "dev")
+    g.column()
+    image, _ = g.add("LoadImage", "example.png", "image", title="Picture to vary")
+    vision = g.add("CLIPVisionLoader", SIGCLIP)
+    seen = g.add("CLIPVisionEncode", "center", clip_vision=vision, image=image)
+    style = g.add("StyleModelLoader", REDUX)
+    g.column()
+    positive, negative = prompt(g, clip, SCENE)
+    positive = g.add("StyleModelApply", 1.0, "multiply", conditioning=positive, style_model=style, clip_vision_output=seen)
+    latent = g.add("EmptySD3LatentImage", 1024, 1024, 1)
+    picture(g, model, positive, negative, latent, vae, stem)
+
+
+def controlnet(g: Graph, stem: str) -> None:
+    more = "Union Pro 2.0 knows by itself what it is shown (edges, depth, pose, grey); with the first Union files choose the kind in "
+    more += "*SetUnionControlNetType*."
+    g.note("FLUX.1-dev in 4 bit with ControlNet Union", SVDQ.format("dev"), UNION, CLIP_L, T5, AE, more=more)
+    model, clip, vae = loaders(g, "dev")
+    g.column()
+    image, _ = g.add("LoadImage", "example.png", "image")
+    image = g.add("ImageScale", "lanczos", 1024, 1024, "center", image=image)
+    image = g.add("Canny", 0.2, 0.4, image=image)
+    net = g.add("ControlNetLoader", UNION)
+    net = g.add("SetUnionControlNetType", "auto", control_net=net)
+    g.column()
+    positive, negative = prompt(g, clip, SCENE)
+    wires = {"positive": positive, "negative": negative, "control_net": net, "image": image, "vae": vae}
+    positive, negative = g.add("ControlNetApplyAdvanced", 0.7, 0.0, 0.8, **wires)
+    latent = g.add("EmptySD3LatentImage", 1024, 1024, 1)
+    picture(g, model, positive, negative, latent, vae, stem)
+
+
+def four_bit_t5(g: Graph, stem: str) -> None:
+    more = "The 4-bit T5 takes 2.5 GiB in place of 8.9. To make one of a T5-XXL that you have: "
+    more += "`python custom_nodes/ComfyUI-Tonfa quantize-t5 IN OUT`."
+    g.note("FLUX.1-dev and its T5 in 4 bit", SVDQ.format("dev"), CLIP_L, T5_4BIT, AE, more=more)
+    text_to_image(g, stem, clip4=True)
+
+
+def eight_gb(g: Graph, stem: str) -> None:
+    more = "For 8 GB of VRAM: the T5 in 4 bit; `cpu_offload` *enable* streams the model's blocks from memory while it computes (*auto* "
+    more += "leaves that to ComfyUI, which is right where about 7.5 GB are free); the VAE decodes in tiles. Needs no `--lowvram`. "
+    more += "Faster at a small loss: `cache_threshold` 0.12."
+    g.note("FLUX.1-dev on an 8 GB card", SVDQ.format("dev"), CLIP_L, T5_4BIT, AE, more=more)
+    text_to_image(g, stem, clip4=True, offload="enable", tiled=True)
+
+
+GRAPHS = {
+    "tonfa-flux.1-dev": dev,
+    "tonfa-flux.1-schnell": schnell,
+    "tonfa-flux.1-dev-lora": lora,
+    "tonfa-flux.1-kontext-dev": kontext,
+    "tonfa-flux.1-fill-dev": fill,
+    "tonfa-flux.1-canny-dev": canny,
+    "tonfa-flux.1-depth-dev": depth,
+    "tonfa-flux.1-redux-dev": redux,
+    "tonfa-flux.1-dev-controlnet-union": controlnet,
+    "tonfa-flux.1-dev-4bit-t5": four_bit_t5,
+    "tonfa-flux.1-dev-8gb": eight_gb,
+}
+
+
+def text(stem: str) -> str:
+    """The file of one graph."""
+    graph = Graph()
+    GRAPHS[stem](graph, stem)
+    return json.dumps(graph.saved(stem), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for stem in GRAPHS:
+        (FOLDER / f"{stem}.json").write_text(text(stem), encoding="utf-8")
+        print(f"{stem}.json")
