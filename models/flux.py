@@ -20,6 +20,7 @@ from ..kernels import layout
 from ..kernels.norm_modulate import Norm
 from ..kernels.qk_norm_rope import qk_norm_rope_
 from ..kernels.targets import code_form, target_for, triton_reason
+from .first_block_cache import cached_double, cached_single
 from .formats.checkpoint import FluxCheckpoint, HostLinear
 from .graphs import may_record
 from .linear import LARGEST_FP16, Ending, Leaf, Linear, PackedLinear, PlainLinear, normalised, parameter, peak_between, resolved
@@ -63,7 +64,7 @@ class RMSNorm(Leaf):
     def scale_on(self, device: torch.device) -> Tensor:
         """The scale [D] on `device`, with what a host adds to it where it streams the weight."""
         if self._name != "weight":  # hosts stream and patch only what is called so
-            return getattr(self, self._name).to(device)
+            return (self._parameters if self.streamer is None else self.streamer.tensors(self))[self._name].to(device)
         with self.runtime.acquire(self, device) as (weight, _):
             return weight if weight is self.weight else weight.clone()  # a streaming buffer is used again
 
@@ -237,6 +238,8 @@ def only_kernels(device: torch.device, dtype: torch.dtype, compute: str) -> bool
 class DoubleBlock(nn.Module):
     """Image and text streams with joint attention. Called as the host calls its own: see `forward`."""
 
+    position = 0  # among all blocks of the model, double ones first
+
     def __init__(self, leaf: Callable[[str], Linear], norm: Callable[[str], QKNorm], heads: int, runtime: Runtime):
         super().__init__()
         self.num_heads, self.runtime = heads, runtime
@@ -246,6 +249,7 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{s}_mlp", nn.Sequential(leaf(f"{s}_mlp.0"), nn.GELU(approximate="tanh"), leaf(f"{s}_mlp.2")))
         self.hidden_size = self.img_attn.qkv.in_features
 
+    @cached_double
     def forward(
         self,
         img: Tensor,
@@ -348,6 +352,8 @@ class DoubleBlock(nn.Module):
 class SingleBlock(nn.Module):
     """Parallel attention and MLP over text and image tokens together."""
 
+    position = 0
+
     def __init__(self, leaf: Callable[[str], Linear], norm: Callable[[str], QKNorm], heads: int, runtime: Runtime):
         super().__init__()
         self.num_heads, self.runtime = heads, runtime
@@ -357,6 +363,7 @@ class SingleBlock(nn.Module):
         self.mlp_act = nn.GELU(approximate="tanh")
         self.hidden_size = self.linear1.in_features
 
+    @cached_single
     def forward(
         self,
         x: Tensor,
@@ -448,7 +455,11 @@ def build_blocks(
 
     with torch.inference_mode(False), torch.no_grad():
         config = checkpoint.config
-        return stack(DoubleBlock, "double_blocks", config["depth"]), stack(SingleBlock, "single_blocks", config["depth_single_blocks"])
+        doubles = stack(DoubleBlock, "double_blocks", config["depth"])
+        singles = stack(SingleBlock, "single_blocks", config["depth_single_blocks"])
+    for position, block in enumerate((*doubles, *singles)):
+        block.position = position
+    return doubles, singles
 
 
 def load_packed(

@@ -9,8 +9,11 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 KEY = "NunchakuFluxDiTLoader"
+SHARE = {"min": 0.0, "max": 1.0, "step": 0.001}
 DEVICE_WIDGET = {"default": 0, "min": 0, "step": 1, "display": "number", "lazy": True}
 COMPUTE = ["auto", "exact", "fast", "weight_only"]
+ATTENTION = ["nunchaku-fp16", "flash-attention2"]
+OFFLOAD = ["auto", "enable", "disable"]
 
 
 class NunchakuFluxDiTLoader:
@@ -39,14 +42,19 @@ class NunchakuFluxDiTLoader:
             "required": {
                 "model_path": (model_names(), {"tooltip": TOOLTIPS["model_path"]}),
                 "cache_threshold": ("FLOAT", {"default": 0, "min": 0, "max": 1, "step": 0.001, "tooltip": TOOLTIPS["cache_threshold"]}),
-                "attention": (["nunchaku-fp16", "flash-attention2"], {"default": "nunchaku-fp16", "tooltip": TOOLTIPS["attention"]}),
-                "cpu_offload": (["auto", "enable", "disable"], {"default": "auto", "tooltip": TOOLTIPS["cpu_offload"]}),
+                "attention": (ATTENTION, {"default": "nunchaku-fp16", "tooltip": TOOLTIPS["attention"]}),
+                "cpu_offload": (OFFLOAD, {"default": "auto", "tooltip": TOOLTIPS["cpu_offload"]}),
                 "device_id": ("INT", {**DEVICE_WIDGET, "max": last_device(), "tooltip": TOOLTIPS["device_id"]}),
                 "data_type": (["bfloat16", "float16"], {"default": "bfloat16", "tooltip": TOOLTIPS["data_type"]}),
             },
             "optional": {
                 "i2f_mode": (["enabled", "always"], {"default": "enabled", "tooltip": TOOLTIPS["i2f_mode"]}),
                 "compute": (COMPUTE, {"default": "auto", "tooltip": TOOLTIPS["compute"]}),
+                "cache_threshold_single": ("FLOAT", {**SHARE, "default": 0.0, "tooltip": TOOLTIPS["cache_threshold_single"]}),
+                "cache_start_percent": ("FLOAT", {**SHARE, "default": 0.0, "tooltip": TOOLTIPS["cache_start_percent"]}),
+                "cache_end_percent": ("FLOAT", {**SHARE, "default": 1.0, "tooltip": TOOLTIPS["cache_end_percent"]}),
+                "cache_max_reuses": ("INT", {"default": 0, "min": 0, "max": 100, "tooltip": TOOLTIPS["cache_max_reuses"]}),
+                "num_blocks_on_gpu": ("INT", {"default": 1, "min": 0, "max": 60, "tooltip": TOOLTIPS["num_blocks_on_gpu"]}),
             },
         }
 
@@ -61,6 +69,11 @@ class NunchakuFluxDiTLoader:
         data_type=None,
         i2f_mode=None,
         compute=None,
+        cache_threshold_single=None,
+        cache_start_percent=None,
+        cache_end_percent=None,
+        cache_max_reuses=None,
+        num_blocks_on_gpu=None,
     ) -> bool:
         """Naming an input here takes the host's list and range checks off it: unknown saved values are resolved when the node runs."""
         return True
@@ -79,27 +92,43 @@ class NunchakuFluxDiTLoader:
         data_type: str = "bfloat16",
         i2f_mode: str = "enabled",
         compute: str = "auto",
+        cache_threshold_single: float = 0.0,
+        cache_start_percent: float = 0.0,
+        cache_end_percent: float = 1.0,
+        cache_max_reuses: int = 0,
+        num_blocks_on_gpu: int = 1,
     ) -> tuple:
         """(MODEL,). The file is read again only when it, the device or the type changed; anything else makes a new clone."""
+        from .host.caching import cache_config, use_first_block_cache
         from .host.files import identity
         from .host.lora_files import teach_stock_nodes
+        from .host.offloading import Offload
         from .host.shell import load_flux, place
 
         warn_about_other_packs()
         teach_stock_nodes()
         path = find(model_path)
         where = place(int(device_id or 0), data_type)
-        if compute not in COMPUTE:
-            log.warning("%s: compute '%s' is not known; using auto.", self.TITLE, compute)
-            compute = "auto"
+        compute = self._known("compute", compute, COMPUTE)
+        attention = self._known("attention", attention, ATTENTION)
+        cpu_offload = self._known("cpu_offload", cpu_offload, OFFLOAD)
         key = (identity(path), where)
         if key != self._key:
             self._key = self._patcher = None  # the old model is let go before the new one takes its place
             self._patcher = load_flux(path, where, compute=compute)
             self._key = key
         model = self._patcher.clone()
-        model.model_options["transformer_options"]["tonfa"] = {"compute": compute}
+        model.model_options["transformer_options"]["tonfa"] = {"compute": compute, "attention": attention}
+        model.set_offload(Offload(cpu_offload, max(int(num_blocks_on_gpu), 0)))
+        cache = cache_config(cache_threshold, cache_threshold_single, cache_start_percent, cache_end_percent, cache_max_reuses)
+        use_first_block_cache(model, cache)
         return (model,)
+
+    def _known(self, name: str, value: str, choices: list[str]) -> str:
+        """The value, or the first choice for one that a saved graph has and this version does not know."""
+        if value not in choices:
+            log.warning("%s: %s '%s' is not known; using %s.", self.TITLE, name, value, choices[0])
+        return value if value in choices else choices[0]
 
 
 class SVDQuantFluxDiTLoader(NunchakuFluxDiTLoader):
@@ -114,14 +143,19 @@ TOOLTIPS = {
         "A SVDQuant FLUX.1 checkpoint in models/diffusion_models: one .safetensors file, or a folder of the old form. "
         "A name saved on another machine is matched to what is here, and the log says to what."
     ),
-    "cache_threshold": "Kept for saved graphs; does nothing yet (no first-block cache is built in). ComfyUI's EasyCache works here.",
+    "cache_threshold": (
+        "First-block cache: when the first block's result changes by less than this since the last full step, the rest of that step is "
+        "reused. Higher is faster and further from the full picture. 0: off. 0.12 is usual with 20 steps and more."
+    ),
     "attention": (
-        "Kept for saved graphs; does nothing: the attention that ComfyUI was started with is used (for instance --use-flash-attention or "
-        "--use-sage-attention). Where none was chosen, cuDNN's is taken on GPUs where it is the fastest."
+        "Exact attention either way; what ComfyUI was started with (--use-sage-attention and so on), overrides and masks go before it. "
+        "nunchaku-fp16: the fastest that is known for this GPU; where PyTorch has no fused attention, a kernel of this pack that "
+        "multiplies in fp16. flash-attention2: never that kernel."
     ),
     "cpu_offload": (
-        "Kept for saved graphs; does nothing: ComfyUI's memory manager moves and streams this model as it does its own "
-        "(--lowvram, --reserve-vram and so on apply)."
+        "auto leaves it to ComfyUI's memory manager, as for any model: at 6.3 GiB it fits a 12 GiB card (the original offloaded below "
+        "14 GiB, which would slow those down for nothing). enable: blocks wait in main memory and pass through the GPU, about 1 GiB there. "
+        "disable: all of it stays on the GPU."
     ),
     "device_id": "The CUDA (or ROCm) device that computes. If it is not there, ComfyUI's own device does, and the log says so.",
     "data_type": ("The type of activations and of the layers that are not 4-bit. A device without it computes in what ComfyUI would take."),
@@ -131,6 +165,14 @@ TOOLTIPS = {
         "(16 bit for NVFP4 files), closer to the unquantised model. weight_only: weights expanded to 16 bit at each use, closest and slow. "
         "auto: fast where this GPU has Triton and matrix units, else weight_only."
     ),
+    "cache_threshold_single": (
+        "A second threshold for the cache: above 0, the single blocks go by the change of their own first one, and cache_threshold decides "
+        "for the double blocks alone. 0: cache_threshold decides for all. Does nothing while cache_threshold is 0."
+    ),
+    "cache_start_percent": "The cache reuses nothing before this part of sampling (0 to 1, as in ComfyUI's own nodes).",
+    "cache_end_percent": "The cache reuses nothing after this part of sampling (0 to 1, as in ComfyUI's own nodes).",
+    "cache_max_reuses": "After so many reused steps in a row, one is computed in full. 0: no limit.",
+    "num_blocks_on_gpu": "With cpu_offload on enable: how many of the 57 blocks stay on the GPU. More is faster and takes more memory.",
 }
 
 

@@ -166,3 +166,22 @@ def test_cancel_in_the_middle_of_a_step(model, monkeypatch):
 
         object.__setattr__(runtime, "check_cancel", check_cancel)
     assert torch.equal(sample(patcher), want)
+
+
+def test_the_node_sets_it_and_the_attention(base, caplog):
+    import shutil
+
+    import tonfa
+
+    from .lab import DATA
+
+    shutil.copy(DATA / "mini_flux_int4.safetensors", Path(base, "models", "diffusion_models", "streamed.safetensors"))
+    node = tonfa.NODE_CLASS_MAPPINGS["NunchakuFluxDiTLoader"]()
+    with torch.inference_mode():
+        (first,) = node.load_model("streamed.safetensors", 0, "flash-attention2", "enable", num_blocks_on_gpu=3)
+        (second,) = node.load_model("streamed.safetensors", 0, "sage", "never")
+    assert first.offload == Offload("enable", 3) and second.offload == Offload("auto", 1)
+    assert first.model is second.model
+    of = [m.model_options["transformer_options"]["tonfa"]["attention"] for m in (first, second)]
+    assert of == ["flash-attention2", "nunchaku-fp16"]
+    assert "attention 'sage' is not known; using nunchaku-fp16" in caplog.text and "cpu_offload 'never' is not known" in caplog.text

@@ -154,7 +154,8 @@ def test_object_info_is_the_contract(server):
     info = server.get("/object_info/NunchakuFluxDiTLoader")["NunchakuFluxDiTLoader"]
     required, optional = info["input"]["required"], info["input"]["optional"]
     assert list(required) == ["model_path", "cache_threshold", "attention", "cpu_offload", "device_id", "data_type"]
-    assert list(optional) == ["i2f_mode", "compute"]
+    cache = ["cache_threshold_single", "cache_start_percent", "cache_end_percent", "cache_max_reuses"]
+    assert list(optional) == ["i2f_mode", "compute", *cache, "num_blocks_on_gpu"]
     assert info["input_order"] == {"required": list(required), "optional": list(optional)}
     assert (info["display_name"], info["category"], info["output"]) == ("Nunchaku FLUX DiT Loader", "Nunchaku", ["MODEL"])
     assert not info.get("deprecated") and not info["output_node"]
@@ -347,7 +348,7 @@ def test_graphs_with_each_text_encoder_loader(server, text_files):
     posted = {
         "v2": (four_bit, with_text("v2", "NunchakuTextEncoderLoaderV2", "flux.1", clip, AWQ, 512)),
         "reversed": (sixteen, with_text("reversed", "NunchakuTextEncoderLoader", "flux", FP16, clip, 512, **off)),
-        "folder": (four_bit, with_text("folder", "NunchakuTextEncoderLoader", "flux", FP16, clip, 512, **on)),
+        "t5_folder": (four_bit, with_text("t5_folder", "NunchakuTextEncoderLoader", "flux", FP16, clip, 512, **on)),
         "alias": (sixteen, with_text("alias", "SVDQuantTextEncoderLoader", "flux", "old\\" + FP16, clip, 512, **off)),
     }
     for prefix, (wanted, one) in posted.items():

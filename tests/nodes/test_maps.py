@@ -16,19 +16,27 @@ ROOT = Path(tonfa.__file__).parent
 INPUTS = {
     "NunchakuFluxDiTLoader": [
         "model_path", "cache_threshold", "attention", "cpu_offload", "device_id", "data_type", "i2f_mode", "compute",
+        "cache_threshold_single", "cache_start_percent", "cache_end_percent", "cache_max_reuses", "num_blocks_on_gpu",
     ],
     "NunchakuFluxLoraLoader": ["model", "lora_name", "lora_strength"],
     "NunchakuFluxLoraStack": ["model", *(f"lora_{what}_{i}" for i in range(1, 16) for what in ("name", "strength"))],
     "NunchakuTextEncoderLoaderV2": ["model_type", "text_encoder1", "text_encoder2", "t5_min_length"],
     "NunchakuTextEncoderLoader": ["model_type", "text_encoder1", "text_encoder2", "t5_min_length", "use_4bit_t5", "int4_model"],
+    "NunchakuModelMerger": ["model_folder", "save_name"],
+    "NunchakuWheelInstaller": ["version", "dev_version", "mode"],
+    "NunchakuDepthPreprocessor": ["image", "model_path"],
 }  # fmt: skip
 ALIASES = {
     "SVDQuantFluxDiTLoader": "NunchakuFluxDiTLoader",
     "SVDQuantFluxLoraLoader": "NunchakuFluxLoraLoader",
     "SVDQuantTextEncoderLoader": "NunchakuTextEncoderLoader",
+    "MergeNunchakuModelFolderToSafetensor": "NunchakuModelMerger",
+    "SVDQuantDepthPreprocessor": "NunchakuDepthPreprocessor",
 }
-OUTPUTS = {key: ("CLIP",) if "TextEncoder" in key else ("MODEL",) for key in (*INPUTS, *ALIASES)}
-DEPRECATED = {"NunchakuTextEncoderLoader", *ALIASES}
+KINDS = {"TextEncoder": "CLIP", "Depth": "IMAGE", "Merge": "STRING", "Installer": "STRING"}
+OUTPUTS = {key: (next((kind for part, kind in KINDS.items() if part in key), "MODEL"),) for key in (*INPUTS, *ALIASES)}
+DEPRECATED = {"NunchakuTextEncoderLoader", "NunchakuDepthPreprocessor", *ALIASES}
+LINKED = ("model", "image")  # inputs without a widget: the host has no list to check them against
 
 
 def run(code: str) -> str:
@@ -44,6 +52,7 @@ def run(code: str) -> str:
         "tonfa.nodes.flux",
         "tonfa.nodes.lora",
         "tonfa.nodes.text_encoder",
+        "tonfa.nodes.tools",
         "tonfa.nodes.host.files",
     ],
 )
@@ -123,7 +132,7 @@ def test_every_input_is_taken_off_the_hosts_list_check_and_has_a_default():
             assert [p.kind.name for p in checked.parameters.values()] == ["VAR_KEYWORD"]
             assert [p.kind.name for p in taken.parameters.values()][1:] == ["POSITIONAL_OR_KEYWORD", "VAR_KEYWORD"]
             continue
-        assert list(checked.parameters) == [name for name in inputs if name != "model"]
+        assert list(checked.parameters) == [name for name in inputs if name not in LINKED]
         assert list(taken.parameters)[1:] == inputs
 
 
@@ -135,7 +144,8 @@ def test_translations_name_every_input(language):
         assert names[key]["display_name"] and names[key]["description"]
         assert list(names[key]["inputs"]) == INPUTS[ALIASES.get(key, key)]
         assert all(entry["name"] and entry.get("tooltip") != "" for entry in names[key]["inputs"].values())
-        assert [(slot, entry["name"]) for slot, entry in names[key]["outputs"].items()] == [("0", OUTPUTS[key][0])]
+        output = getattr(tonfa.NODE_CLASS_MAPPINGS[key], "RETURN_NAMES", OUTPUTS[key])[0]
+        assert [(slot, entry["name"]) for slot, entry in names[key]["outputs"].items()] == [("0", output)]
         if "TextEncoder" in key:
             assert all(entry["tooltip"] for entry in names[key]["inputs"].values())
 
@@ -167,8 +177,8 @@ def test_every_example_has_the_picture_that_the_template_browser_asks_for():
 def test_example_graph_fits_the_loader():
     graph = json.loads((ROOT / "workflows" / "tonfa-flux.1-dev.json").read_text(encoding="utf-8"))
     (loader,) = [n for n in graph["nodes"] if n["type"] == "NunchakuFluxDiTLoader"]
-    assert len(loader["widgets_values"]) == len(INPUTS["NunchakuFluxDiTLoader"])
-    assert [i["name"] for i in loader["inputs"]] == INPUTS["NunchakuFluxDiTLoader"]
+    saved = INPUTS["NunchakuFluxDiTLoader"][: len(loader["widgets_values"])]  # widgets are saved by position: new inputs go behind
+    assert [i["name"] for i in loader["inputs"]] == saved and "compute" in saved
     by_id = {n["id"]: n for n in graph["nodes"]}
     for link, source, out, target, slot, kind in graph["links"]:
         assert link in by_id[source]["outputs"][out]["links"] and by_id[source]["outputs"][out]["type"] == kind
