@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels import t5_layout
+from ..kernels.attention_fp16 import attention_fp16
+from ..kernels.attention_fp16_torch import attention_fp16_torch
 from ..kernels.layout import LogicalLinear, PartView, dense_bias, dense_weight, pack, plan, views
 from ..kernels.norm_modulate import Norm, norm_modulate
 from ..kernels.qk_norm_rope import qk_norm_rope_
 from ..kernels.qk_norm_rope_torch import qk_norm_rope_torch
 from ..kernels.smooth_quantize import smooth_quantize
 from ..kernels.smooth_quantize_torch import smooth_quantize_torch
+from ..kernels.t5_linear import t5_linear
+from ..kernels.t5_linear_torch import t5_linear_torch, t5_weight
 from ..kernels.targets import code_form, triton_reason
 from ..kernels.w4_matmul import quantize_for, w4_matmul
 from ..kernels.w4_matmul_torch import w4_matmul_torch
@@ -159,10 +164,44 @@ def check_qk_norm_rope(device: torch.device) -> list[Deviation]:
     return deviations
 
 
+def check_t5(device: torch.device) -> list[Deviation]:
+    """t5_linear for one token and for many, on fp32 activations as the host's encoder has them."""
+    g, deviations = torch.Generator().manual_seed(5), []
+    scales = torch.rand(N, K // t5_layout.GROUP, generator=g) * 0.02 + 0.005
+    codes = torch.randint(0, 16, (N, K), generator=g, dtype=torch.uint8)
+    blob = t5_layout.pack(t5_layout.T5Linear(codes, scales.half(), (-7.5 * scales).half()))
+    view = t5_layout.views(t5_layout.read_spec(blob), blob.to(device))
+    weight = t5_weight(view, 0, N).double().cpu()
+    for rows in (1, ROWS):
+        x = torch.randn(rows, K, generator=g)
+        found = t5_linear(x.to(device), view)
+        deviations.append(Deviation(f"{rows} rows, against dense", relative(found.cpu(), x.double() @ weight.t()), 1e-3))
+        if triton_reason(device, needs_dot=False) is None:
+            deviations.append(Deviation(f"{rows} rows, against oracle", relative(found, t5_linear_torch(x.to(device), view)), ORACLE))
+    return deviations
+
+
+def check_attention(device: torch.device) -> list[Deviation]:
+    """attention_fp16 with two heads of 128 and values beyond fp16's range, against attention in double precision."""
+    g = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, 2, ROWS, 128, generator=g).bfloat16() for _ in range(3))
+    v[:, 0] *= 1e5
+    scores = q.double() @ k.double().transpose(2, 3) / 128**0.5
+    dense = (scores.softmax(3) @ v.double()).transpose(1, 2).flatten(2)
+    on_device = [x.to(device) for x in (q, k, v)]
+    found = attention_fp16(*on_device)
+    deviations = [Deviation("against dense", relative(found.cpu(), dense), 0.01)]
+    if triton_reason(device) is None:
+        deviations.append(Deviation("against oracle", relative(found, attention_fp16_torch(*on_device)), ORACLE))
+    return deviations
+
+
 TESTS: dict[str, Callable[[torch.device], list[Deviation]]] = {
     "INT4 linear": check_int4,
     "NVFP4 linear": check_nvfp4,
     "modulation linear": check_modulation,
     "norm and modulation": check_norm,
     "q/k norm and RoPE": check_qk_norm_rope,
+    "T5 linear": check_t5,
+    "attention in fp16": check_attention,
 }
