@@ -221,7 +221,7 @@ def _add_pieces(products, out, total, pieces, MOST: tl.constexpr, BLOCK: tl.cons
 
 def rank_block(ranks: int, tile: Tile, taken: int = 0) -> int:
     """Columns of the low-rank product a program makes beside `taken` others; 0 without one."""
-    left = max(tile.bn - taken, 16)
+    left = max(tile.both - taken, 16) if taken else tile.bn
     return 0 if ranks == 0 else min(max(16, triton.next_power_of_2(ranks)), 1 << left.bit_length() - 1)
 
 

@@ -15,6 +15,7 @@ class Tile:
     """bn weight rows (outputs) x bm tokens x bk, warps and pipeline stages of one program.
 
     pieces  w4_matmul_wide: its ending runs in so many. smooth_quantize: so many programs share K.
+    both    smooth_quantize: columns that a program makes of two low-rank products together.
     """
 
     bn: int
@@ -23,6 +24,7 @@ class Tile:
     warps: int
     stages: int
     pieces: int = 1
+    both: int = 0
 
 
 # _w4_matmul, by target family and form of the operands. No entry spills registers (tests/kernels/test_compile.py holds that):
@@ -71,9 +73,11 @@ def quantize_tile(target: Target, dtype: torch.dtype, rows: int, k: int, grouped
         bm, warps, stages = 16, 8 if narrow else 4, 2
     if rows <= 32:
         bm = 16
-    ranks = (192 if family == "hopper" else 64) if dtype == torch.bfloat16 else 16  # more would spill registers beside a norm
+    # More would spill registers beside a norm.
+    ranks = (192 if family == "hopper" else 64) if dtype == torch.bfloat16 else 16
+    both = ranks if family == "hopper" else 48 if dtype == torch.bfloat16 else 32
     bk = 32 if family == "rdna" and narrow and not grouped else 64
-    return Tile(ranks, bm, bk, warps, stages, max(1, min(528 // max(-(-rows // bm), 1), k // 256, QUANTIZE_PIECES)))
+    return Tile(ranks, bm, bk, warps, stages, max(1, min(528 // max(-(-rows // bm), 1), k // 256, QUANTIZE_PIECES)), both)
 
 
 def matmul_tile(target: Target, kind: str, rows: int) -> Tile:

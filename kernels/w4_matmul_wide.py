@@ -112,6 +112,7 @@ def _w4_matmul_wide(
     start, M, N, NP, KP, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from, seg1, seg2, seg3,
     h_row, extra_row, extra_rank, xseg1, xseg2, xseg3, peak_first,
     KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, FETCH: tl.constexpr, XB: tl.constexpr, EXTRA_FETCH: tl.constexpr,
+    JOINED: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
     GATE: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     GROUP_M: tl.constexpr, PIECES: tl.constexpr, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
@@ -141,7 +142,8 @@ def _w4_matmul_wide(
         x_rows = tl.minimum(m0 + tl.arange(0, BM), M - 1)
     # Low-rank operands that fit in registers are fetched here: behind the main loop nothing would hide the time they take, and copies by
     # descriptors would be waited for where they stand.
-    tokens = tl.minimum(m0 + tl.arange(0, BM), M - 1)
+    if FETCH == "ahead" or EXTRA_FETCH == "ahead":
+        tokens = tl.minimum(m0 + tl.arange(0, BM), M - 1)
     seg = segment_of(n0, seg1, seg2, seg3)
     xseg = segment_of(n0, xseg1, xseg2, xseg3)
     if FETCH == "ahead":
@@ -159,6 +161,7 @@ def _w4_matmul_wide(
         for k in range(0, KP, BK):
             acc = _dot(w_from, x_from, w_rows, x_rows, KP, k, acc, COPY_ENGINE, BK, EMULATE)
     if FETCH == "behind":
+        tokens = tl.minimum(m0 + tl.arange(0, BM), M - 1)  # anew: held through the main loop they would spill registers
         u_first, h_first = _lowrank_operands(up, lowrank, n, tokens, seg, 0, h_row, RANK, RB, False)
     if EXTRA_FETCH == "behind":
         u_extra, h_extra = _lowrank_operands(extra_up, extra, n, tokens, xseg, 0, extra_row, XB, XB, False)
@@ -168,7 +171,6 @@ def _w4_matmul_wide(
         acc *= tl.load(channel_scale + n)[:, None]
     if KIND != "plain":
         acc *= tl.load(x_scales + tl.minimum(m0 + tl.arange(0, BM), M - 1))[None, :]
-    JOINED: tl.constexpr = FETCH != "steps" and EXTRA_FETCH != "steps" and RB == XB
     if JOINED:  # one product for both, and one wait
         u = _side_by_side(held(u_first, PTX), held(u_extra, PTX), BN, RB)
         h = _side_by_side(held(h_first, PTX), held(h_extra, PTX), BM, RB)
@@ -255,6 +257,11 @@ def fetches(kind: str, tf32: bool, gate: bool, rank: int, further: int) -> tuple
     return when if own else "steps", when if other else "steps"
 
 
+def joins(target: Target, fetch: str, extra_fetch: str, block: int, extra_block: int) -> bool:
+    """Whether both pairs are multiplied as one: on Hopper, where it was measured; on sm_120 it would spill registers."""
+    return target.name == "sm_90" and "steps" not in (fetch, extra_fetch) and block == extra_block
+
+
 def most_registers(target: Target, kind: str, further: int) -> int | None:
     """A thread's registers for two programs a multiprocessor, where the compiler would take a few more."""
     return 128 if target.name == "sm_90" and kind == "row" and further else None
@@ -301,6 +308,7 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
                 out if peak is None else peak.amax.view(torch.int32), out if peak is None else peak.smooth,
                 e4m3_gain(target, spec.act_unsigned) if kind == "row" else 1.0, start, stop, *sizes, 0 if peak is None else peak.first,
                 KIND=kind, RB=block, FETCH=fetch, XB=extra_block, EXTRA_FETCH=extra_fetch,
+                JOINED=joins(target, fetch, extra_fetch, block, extra_block),
                 BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
                 PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target) and not interpreting(),
                 COPY_ENGINE=target.copy_engine,

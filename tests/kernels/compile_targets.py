@@ -190,7 +190,7 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, extra=0, p
             sources[argument] = f"*{stored}" if pointer else f"tensordesc<{stored}[{rows}, {cols}]>"
         constants = {
             "out_col": 1, "residual_col": 1, "KIND": kind, "RANK": rank, "RB": step, "FETCH": fetch, "TF32": tf32,
-            "XB": extra_step, "EXTRA_FETCH": extra_fetch,
+            "XB": extra_step, "EXTRA_FETCH": extra_fetch, "JOINED": wide.joins(target, fetch, extra_fetch, step, extra_step),
             "HAS_BIAS": True, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": wide.GROUP_M[kind], "PIECES": tile.pieces,
             "PEAK": peak, "BLOCK": BLOCK, "PTX": rounding.has_pairs(target), "COPY_ENGINE": target.copy_engine, "EMULATE": False,
             **{n: bool(flags.get(n)) for n in SWITCHES},
