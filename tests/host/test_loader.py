@@ -123,7 +123,8 @@ def test_cheap_changes_do_not_open_the_file_again(opened):
     ):  # fmt: skip
         again = load(node, **change)
         assert again is not first and again.is_clone(first)
-        assert again.model_options["transformer_options"]["tonfa"] == {"compute": change.get("compute", "auto")}
+        wanted = {"compute": change.get("compute", "auto"), "attention": change.get("attention", "nunchaku-fp16")}
+        assert again.model_options["transformer_options"]["tonfa"] == wanted
     assert len(opened) == 1
     assert torch.equal(sample(again), before)
 
@@ -212,8 +213,9 @@ def test_a_missing_device_and_unknown_words_fall_back_with_a_line_each(caplog):
         NunchakuFluxDiTLoader(), device_id=3, data_type="float8", compute="turbo", i2f_mode="never", attention="x", cpu_offload="y"
     )
     said = lines(caplog)
-    assert len(said) == 3
-    assert "no device 3" in said[0] and "'float8' is not known" in said[1] and "'turbo' is not known" in said[2]
+    assert len(said) == 5
+    assert "no device 3" in said[0] and "'float8' is not known" in said[1] and "compute 'turbo' is not known" in said[2]
+    assert "attention 'x' is not known" in said[3] and "cpu_offload 'y' is not known" in said[4]
     assert model.load_device == CPU
 
 

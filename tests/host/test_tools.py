@@ -9,6 +9,8 @@ from . import graphs
 from .lab import DATA
 from .test_server import Server, graph
 
+shared = pytest.mark.skipif(not graphs.FOLDER.is_dir(), reason=graphs.WHY_NOT)
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -28,6 +30,7 @@ def shown(entry: dict) -> str:
     return text
 
 
+@shared
 def test_the_shared_merger_graph_writes_a_file_that_loads(server):
     posted = graphs.for_the_server(graphs.read_graph("merge_safetensors"), server.get("/object_info"))
     status = shown(server.run(posted))
@@ -38,6 +41,7 @@ def test_the_shared_merger_graph_writes_a_file_that_loads(server):
     assert server.run(graph(merged.name, "merged"))["status"]["status_str"] == "success"
 
 
+@shared
 def test_the_shared_installer_graph_says_that_nothing_is_needed(server):
     posted = graphs.for_the_server(graphs.read_graph("install_wheel"), server.get("/object_info"))
     assert "Nothing to install" in shown(server.run(posted))
