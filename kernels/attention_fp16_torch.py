@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HEAD_DIMS = (32, 64, 128)
 TOP = 8  # a head's largest magnitude is brought below 2^TOP: 128 products of two such are far from fp32's end, and one is exact in it
 
 
@@ -23,7 +24,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, expected [B, H, L, D], [B, H, S, D] and the same")
     if not k.shape[2]:
         raise ValueError("there are no keys to attend to")
-    if q.shape[3] not in (32, 64, 128):
+    if q.shape[3] not in HEAD_DIMS:
         raise ValueError(f"heads have {q.shape[3]} channels, expected 32, 64 or 128")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, expected one of float16, bfloat16 and float32 for all")

@@ -295,9 +295,8 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
     with launch_device(out.device):
         for start, stop, tile in wide_bands(target, kind, rows, spec.n_padded):
             operands = _sources(weight.values, x, tile, tile.bk, target)
-            described, further_described = (
-                target if n and when == "steps" else None for n, when in ((rank, fetch), (further, extra_fetch))
-            )
+            described = target if rank and fetch == "steps" else None
+            further_described = target if further and extra_fetch == "steps" else None
             operands += _sources(*(pairs[0] if rank else (out, out)), tile, block, described)
             operands += _sources(*(pairs[-1] if further else (out, out)), tile, extra_block, further_described)
             _w4_matmul_wide[(triton.cdiv(stop - start, tile.bm) * triton.cdiv(spec.n_padded, tile.bn),)](

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.attention_fp16 import attention_fp16
+from ..kernels.attention_fp16_torch import HEAD_DIMS
 from ..kernels.targets import target_for, triton_reason
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def _tell(device: torch.device, dtype: torch.dtype, dim: int, masked: bool, cudn
 @functools.lru_cache(maxsize=256)
 def by_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     """Whether our own kernel attends to heads like these: where torch has no fused one, and Triton runs. Said once."""
-    if device.type != "cuda" or dim not in (32, 64, 128) or dtype == torch.float64 or triton_reason(device) is not None:
+    if device.type != "cuda" or dim not in HEAD_DIMS or dtype == torch.float64 or triton_reason(device) is not None:
         return False
     if torch_fuses(torch.empty(1, 1, 128, dim, dtype=dtype, device=device)):
         return False

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .linear import LARGEST_FP16
+
 KEY = "tonfa_first_block_cache"  # of transformer_options: the Call that a forward belongs to
 Tensors = tuple[Tensor, ...]  # a block's streams: (img [B, Li, D], txt [B, Lt, D]) of a double block, (x [B, Lt + Li, D],) of a single one
-LARGEST_FP16 = 65504.0
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ class NunchakuFluxLoraLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:  # noqa: N802 (the host's name)
-        from .host.files import lora_names
+        from .host.files import LORAS, names_in
 
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": TOOLTIPS["model"]}),
-                "lora_name": (lora_names(), {"tooltip": TOOLTIPS["lora_name"]}),
+                "lora_name": (names_in(LORAS), {"tooltip": TOOLTIPS["lora_name"]}),
                 "lora_strength": ("FLOAT", {**STRENGTH, "tooltip": TOOLTIPS["lora_strength"]}),
             }
         }
@@ -74,9 +74,9 @@ class NunchakuFluxLoraStack(NunchakuFluxLoraLoader):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:  # noqa: N802
-        from .host.files import lora_names
+        from .host.files import LORAS, names_in
 
-        names, rows = [NOTHING, *lora_names()], {}
+        names, rows = [NOTHING, *names_in(LORAS)], {}
         for i in range(1, ROWS + 1):
             rows[f"lora_name_{i}"] = (names, {"tooltip": TOOLTIPS["lora_name_i"]})
             rows[f"lora_strength_{i}"] = ("FLOAT", {**STRENGTH, "tooltip": TOOLTIPS["lora_strength"]})

@@ -32,9 +32,9 @@ class NunchakuTextEncoderLoaderV2:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:  # noqa: N802 (the host's name)
-        from .host.files import text_encoder_names
+        from .host.files import TEXT_ENCODERS, names_in
 
-        names = text_encoder_names()
+        names = names_in(TEXT_ENCODERS)
         return {
             "required": {
                 "model_type": (cls.TYPES, {"tooltip": TOOLTIPS["model_type"]}),
@@ -144,11 +144,11 @@ TOOLTIPS = {
 
 def find(asked: str, widget: str) -> tuple[str, str]:
     """(name, path) of the file that a saved name means today; one log line when that is not the very entry."""
-    from .host.files import TEXT_ENCODERS, resolve, text_encoder_names, text_encoder_path
+    from .host.files import TEXT_ENCODERS, names_in, path_in, resolve
 
     try:
-        found = resolve(asked, text_encoder_names(), replace(TEXT_ENCODERS, widget=widget))
-        path = text_encoder_path(found.name)
+        found = resolve(asked, names_in(TEXT_ENCODERS), replace(TEXT_ENCODERS, widget=widget))
+        path = path_in(TEXT_ENCODERS, found.name)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{widget}: {error}") from error
     if found.how is not None:

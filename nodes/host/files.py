@@ -131,7 +131,7 @@ def not_found(wanted: str, names: Sequence[str], shelf: Shelf) -> str:
     there = f"There is no {shelf.what} file at all."
     if near:
         there = f"The nearest names there: {', '.join(near)}. Choose one in {shelf.widget}."
-    said = f"{shelf.what[0].upper()}{shelf.what[1:]} '{wanted}' is not in ComfyUI's {shelf.folder} folders. {there}"
+    said = f"{capitalised(shelf.what)} '{wanted}' is not in ComfyUI's {shelf.folder} folders. {there}"
     if wanted.lower().endswith(".gguf") and shelf.folder in GGUF_LOADERS:
         return f"{said} A .gguf file is not for this node: load it with '{GGUF_LOADERS[shelf.folder]}' of the pack ComfyUI-GGUF."
     if file := asked_for(wanted, shelf.families):
@@ -145,6 +145,10 @@ def download_command(name: str) -> str:
     place = f"custom_nodes/{PACK.name}"
     quoted = place if re.fullmatch(r"[-./\w]+", place) else f'"{place}"'
     return f"python {quoted} download {name}"
+
+
+def capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def slashes(name: str) -> str:
@@ -164,16 +168,12 @@ def extension(base: str) -> str:
 
 def model_names() -> list[str]:
     """What the loader's list shows: the host's diffusion model files, then the folders of the old form."""
-    import folder_paths
-
-    return with_legacy_folders(folder_paths.get_filename_list("diffusion_models"))
+    return with_legacy_folders(names_in(MODELS))
 
 
 def model_folders() -> list[str]:
     """Of `model_names`, the folders of the old form."""
-    import folder_paths
-
-    return legacy_folders(folder_paths.get_filename_list("diffusion_models"))
+    return legacy_folders(names_in(MODELS))
 
 
 def model_path(name: str) -> str:
@@ -190,45 +190,29 @@ def model_path(name: str) -> str:
     return full
 
 
-def lora_names() -> list[str]:
-    """What the host lists as LoRA files."""
+def names_in(shelf: Shelf) -> list[str]:
+    """What the host lists in one of its folders."""
     import folder_paths
 
-    return folder_paths.get_filename_list("loras")
+    return folder_paths.get_filename_list(shelf.folder)
 
 
-def lora_path(name: str) -> str:
-    """Full path of an entry of `lora_names`."""
+def path_in(shelf: Shelf, name: str) -> str:
+    """Full path of an entry of `names_in`."""
     import folder_paths
 
-    full = folder_paths.get_full_path("loras", name)
-    if full is None:
-        raise FileNotFoundError(f"LoRA '{name}' was listed but is gone from ComfyUI's loras folders. Refresh (key R) and choose again.")
-    return full
-
-
-def text_encoder_names() -> list[str]:
-    """What the host lists as text encoders."""
-    import folder_paths
-
-    return folder_paths.get_filename_list("text_encoders")
-
-
-def text_encoder_path(name: str) -> str:
-    """Full path of an entry of `text_encoder_names`."""
-    import folder_paths
-
-    full = folder_paths.get_full_path("text_encoders", name)
+    full = folder_paths.get_full_path(shelf.folder, name)
     if full is None:
         raise FileNotFoundError(
-            f"Text encoder '{name}' was listed but is gone from ComfyUI's text_encoders folders. Refresh (key R) and choose again."
+            f"{capitalised(shelf.what)} '{name}' was listed but is gone from ComfyUI's {shelf.folder} folders. Refresh (key R) and choose "
+            "again."
         )
     return full
 
 
 def text_encoder_folders() -> list[str]:
     """Sub-folders of the host's text-encoder folders that hold .safetensors files (the deprecated loader's 4-bit T5)."""
-    files = [slashes(name) for name in text_encoder_names() if name.lower().endswith(".safetensors")]
+    files = [slashes(name) for name in names_in(TEXT_ENCODERS) if name.lower().endswith(".safetensors")]
     return sorted({name.rsplit("/", 1)[0] for name in files if "/" in name})
 
 

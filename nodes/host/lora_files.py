@@ -23,7 +23,7 @@ from ...models.formats.lora_converted import is_converted
 from ...models.formats.lora_family import lora_family
 from ...models.formats.tensorfile import TensorFile
 from ...models.linear import PackedLinear
-from .files import LORAS, identity, lora_names, lora_path, resolve
+from .files import LORAS, identity, names_in, path_in, resolve
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class LoraFiles:
         out, used = model.clone(), {}
         for widget, asked, strength in rows:
             name = find(asked, widget)
-            path = lora_path(name)
+            path = path_in(LORAS, name)
             file = used.get(path) or self._open.get(path)
             if file is None or file.identity != identity(path):
                 file = LoraFileInUse(name, identity(path), read(path))
@@ -58,7 +58,7 @@ class LoraFiles:
 
 def find(asked: str, widget: str) -> str:
     """The entry of today's list that a saved LoRA name means; one log line when that is not the very entry."""
-    found = resolve(asked, lora_names(), replace(LORAS, widget=widget))
+    found = resolve(asked, names_in(LORAS), replace(LORAS, widget=widget))
     if found.how is not None:
         log.warning("LoRA '%s' is not here; using '%s' (%s).", asked, found.name, found.how)
     return found.name

@@ -52,6 +52,10 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
     def compute_dtype(self) -> torch.dtype:
         return self.model.manual_cast_dtype or self.model.get_dtype()
 
+    def saved_dtype(self, module: PackedLeaf) -> torch.dtype:
+        """The type in which a packed weight is saved."""
+        return self.compute_dtype
+
     def shifted(self, key: str) -> PackedLeaf | None:
         """The layer whose bias a key is, if its stored bias is not the plain layer's."""
         module = self.packed.get(key.removesuffix("bias") + "weight") if key.endswith(".bias") else None
@@ -83,7 +87,8 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
         if key in self.packed:
             if not answers:
                 return self.packed[key].weight
-            return merged_weight(self.packed[key], key, self.packed_patches.get(key, []), device_to).to(self.compute_dtype)
+            merged = merged_weight(self.packed[key], key, self.packed_patches.get(key, []), device_to)
+            return merged.to(self.saved_dtype(self.packed[key]))
         with self._refusing(key):
             weight = super().patch_weight_to_device(key, device_to, *args, **kwargs)
             return add_shift(self.shifted(key), weight).to(weight.dtype) if answers and self.shifted(key) is not None else weight
@@ -144,8 +149,8 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
         saved = super().model_state_dict_for_saving(_Without(model, [*weights, *biases.values()]), prefix)
         for name in weights:
             key = prefix + name
-            shape = self.packed[key].out_features, self.packed[key].in_features
-            meta = torch.empty(shape, dtype=self.compute_dtype, device="meta")
+            module = self.packed[key]
+            meta = torch.empty(module.out_features, module.in_features, dtype=self.saved_dtype(module), device="meta")
             saved[name] = comfy.model_patcher.LazyCastingParam(self, key, meta)
             if name in biases:
                 saved[biases[name]] = self._saved_bias(key, prefix + biases[name])

@@ -52,6 +52,10 @@ def streamed_nbytes(blocks: Sequence[nn.Module]) -> tuple[int, int]:
     return sum(own for own, _ in found), max((slab for _, slab in found), default=0) * min(2, len(found))
 
 
+def streamer_of(model: nn.Module) -> Streamer | None:
+    return getattr(model, "tonfa_streamer", None)
+
+
 def start(patcher: TonfaPatcher, device: torch.device) -> None:
     """Loads what the host has left offloaded of the rest of the model, and starts streaming the blocks. The patcher hides its patches."""
     blocks = streamed_blocks(patcher.model, patcher.offload)
@@ -61,7 +65,7 @@ def start(patcher: TonfaPatcher, device: torch.device) -> None:
             keep_loaded(patcher, name, module, device)
     moved, buffers = streamed_nbytes(blocks)
     patcher.model.model_loaded_weight_memory = patcher.model_size() - moved  # with the few buffers that partial loads do not count
-    old = getattr(patcher.model, "tonfa_streamer", None)
+    old = streamer_of(patcher.model)
     if old is not None and old.device == device and old.blocks == blocks and old.is_whole():
         return
     stop(patcher.model)
@@ -71,7 +75,7 @@ def start(patcher: TonfaPatcher, device: torch.device) -> None:
 
 def stop(model: nn.Module) -> None:
     """Ends the streaming, if there is any."""
-    streamer = getattr(model, "tonfa_streamer", None)
+    streamer = streamer_of(model)
     if streamer is not None:
         streamer.stop()
         model.tonfa_streamer = None

@@ -23,7 +23,7 @@ from ...models.segments import prepare
 from .branches import Plan, make_branch, plan_branch
 from .exchange import bound_to_stay, complete, exchange, is_loaded, merged
 from .merging import MergingPatcher
-from .offloading import Offload, start, stop, streamed_blocks, streamed_nbytes
+from .offloading import Offload, start, stop, streamed_blocks, streamed_nbytes, streamer_of
 from .patches import fingerprint, named
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class TonfaPatcher(MergingPatcher):
 
     def _buffer_bytes(self) -> int:
         """Bytes of what blocks are streamed through."""
-        streamer = getattr(self.model, "tonfa_streamer", None)
+        streamer = streamer_of(self.model)
         return 0 if streamer is None else streamer.nbytes
 
     def _hook_bytes(self) -> int:

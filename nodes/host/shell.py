@@ -22,6 +22,7 @@ import torch
 from ...kernels.targets import resolve_compute, triton_reason
 from ...models.flux import build_blocks
 from ...models.formats.checkpoint import FluxCheckpoint, open_checkpoint
+from ...models.linear import LARGEST_FP16
 from ...models.warmup import warm_up
 from .merging import dense_for_saving
 from .ops import host_runtime
@@ -30,7 +31,6 @@ from .patcher import TonfaPatcher
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-LARGEST_FP16 = 65504.0
 
 
 @dataclass(frozen=True)

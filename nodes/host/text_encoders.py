@@ -27,7 +27,7 @@ from ...models.formats.tensorfile import CheckpointError, TensorFile
 from ...models.formats.text_encoders import Encoder, recognise
 from ...models.graphs import Graphs
 from ...models.linear import parameter
-from ...models.t5 import put_linears
+from ...models.t5 import PackedT5Linear, put_linears
 from .branches import merged_weight
 from .ops import host_runtime
 from .patcher import TonfaPatcher
@@ -78,18 +78,8 @@ class TextEncoderPatcher(TonfaPatcher):
     def compute_dtype(self) -> torch.dtype:
         return torch.float32
 
-    def patch_weight_to_device(self, key: str, *args: object, **kwargs: object) -> Tensor | None:
-        """With `return_weight` a packed weight comes dense, in the type of its scales."""
-        weight = super().patch_weight_to_device(key, *args, **kwargs)
-        return weight.to(self.packed[key].spec.scale_dtype) if key in self.packed and weight.is_floating_point() else weight
-
-    def model_state_dict_for_saving(self, model: nn.Module | None = None, prefix: str = "") -> dict:
-        saved = super().model_state_dict_for_saving(model, prefix)
-        for key, leaf in self.packed.items():
-            if key.startswith(prefix):
-                meta = torch.empty(leaf.out_features, leaf.in_features, dtype=leaf.spec.scale_dtype, device="meta")
-                saved[key.removeprefix(prefix)] = comfy.model_patcher.LazyCastingParam(self, key, meta)
-        return saved
+    def saved_dtype(self, module: PackedT5Linear) -> torch.dtype:
+        return module.spec.scale_dtype
 
 
 class TextEncoders(comfy.sd.CLIP):
@@ -103,7 +93,7 @@ class TextEncoders(comfy.sd.CLIP):
     def get_sd(self) -> dict[str, Tensor]:
         state, sides = super().get_sd(), self.patcher.sides
         for key, leaf in self.patcher.packed.items():
-            state[key] = merged_weight(leaf, key, sides.patches(key)).to("cpu", leaf.spec.scale_dtype)
+            state[key] = merged_weight(leaf, key, sides.patches(key)).to("cpu", self.patcher.saved_dtype(leaf))
         return state
 
 
@@ -173,7 +163,7 @@ def sort_out(first: Slot, second: Slot, four_bit_folder: Slot | None = None) -> 
         try:
             open_awq_t5(four_bit_folder.path)
         except CheckpointError as error:
-            raise CheckpointError(f"{four_bit_folder.widget}: {error}") from error
+            raise named(error, four_bit_folder.widget) from error
         return Pair(clip_l.path, four_bit_folder.path, True, None, four_bit_folder.widget)
     return Pair(clip_l.path, t5.path, encoder.kind == "t5_4bit", encoder.dims, f"{t5.widget}: {t5.name}", names)
 
@@ -260,7 +250,7 @@ def build(pair: Pair, awq: AwqT5, embeddings: list[str]) -> comfy.sd.CLIP:
         comfy.model_management.free_memory(1 << 30, load)  # room to re-pack a layer
     put_linears(network, awq, host_runtime(), offload, target, progress_bar())
     settle(clip.cond_stage_model)
-    adopt(clip, (pair,))
+    adopt(clip, pair)
     return clip
 
 
@@ -315,7 +305,7 @@ def settle(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), own, linear)
 
 
-def adopt(clip: comfy.sd.CLIP, arguments: tuple) -> None:
+def adopt(clip: comfy.sd.CLIP, pair: Pair) -> None:
     """Our patcher in place of the one that the host has just made."""
     old, loaded = clip.patcher, comfy.model_management.current_loaded_models
     old.detach()  # where load and offload device are one, the host has loaded the model already
@@ -327,7 +317,7 @@ def adopt(clip: comfy.sd.CLIP, arguments: tuple) -> None:
     clip.patcher.hook_mode, clip.patcher.is_clip = old.hook_mode, True
     clip.patcher.object_patches.update(old.object_patches)  # newer hosts: that text encoders compute in fp32
     # Not old.force_cast_weights: every layer here casts for itself, and packed ones that lie on the device need no cast.
-    clip.patcher.cached_patcher_init = (load_patcher, arguments)
+    clip.patcher.cached_patcher_init = (load_patcher, (pair,))
     clip.__class__ = TextEncoders
 
 

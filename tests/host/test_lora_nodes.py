@@ -236,8 +236,8 @@ def test_inputs_of_the_loader(key, folder):
     cls = tonfa.NODE_CLASS_MAPPINGS[key]
     inputs = cls.INPUT_TYPES()
     assert list(inputs) == ["required"] and list(inputs["required"]) == ["model", "lora_name", "lora_strength"]
-    assert inputs["required"]["model"][0] == "MODEL" and inputs["required"]["lora_name"][0] == lora_files.lora_names()
-    assert file in lora_files.lora_names()
+    assert inputs["required"]["model"][0] == "MODEL" and inputs["required"]["lora_name"][0] == lora_files.names_in(lora_files.LORAS)
+    assert file in lora_files.names_in(lora_files.LORAS)
     check_strength(inputs["required"]["lora_strength"])
     assert (cls.FUNCTION, cls.RETURN_TYPES, cls.CATEGORY) == ("load_lora", ("MODEL",), "Nunchaku")
 
@@ -254,7 +254,7 @@ def test_inputs_of_the_stack():
     assert list(inputs["optional"]) == [f"lora_{what}_{i}" for i in range(1, 16) for what in ("name", "strength")]
     for i in range(1, 16):
         names, options = inputs["optional"][f"lora_name_{i}"]
-        assert names == ["None", *lora_files.lora_names()] and options["tooltip"]
+        assert names == ["None", *lora_files.names_in(lora_files.LORAS)] and options["tooltip"]
         check_strength(inputs["optional"][f"lora_strength_{i}"])
 
 
