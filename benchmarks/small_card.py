@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+from lora import lora_tensors
 from timing import GIB, Report, heading, need_gpu, on_gpu, start_host, sync
 
 PROMPT = "a photograph of a lighthouse at dusk, waves on the rocks, a small boat with a red sail"
@@ -101,7 +102,6 @@ class Bench:
         return out[0]["samples"]
 
     def write_lora(self, network: object) -> None:
-        from lora import lora_tensors
         from safetensors.torch import save_file
 
         path = os.path.join(self.o.folder, "small_card.safetensors")

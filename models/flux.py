@@ -199,15 +199,16 @@ def check_cancel(runtime: Runtime) -> None:
 
 
 def addresses(block: nn.Module, device: torch.device) -> tuple[int, ...] | None:
-    """Where everything lies that the block's leaves compute with; None where a weight is not at home or the host took a leaf's call."""
+    """Where everything lies that the block's leaves compute with; None where a weight has no place or the host took a leaf's call."""
     leaves = block.__dict__.get("_leaves")
     if leaves is None:
         leaves = block.__dict__["_leaves"] = [m for m in block.modules() if isinstance(m, Leaf)]
     found = []
     for leaf in leaves:
-        if not block.runtime.at_home(leaf, device) or "forward" in leaf.__dict__:
+        held = block.runtime.held(leaf, device)
+        if held is None or "forward" in leaf.__dict__:
             return None
-        found += [p.data_ptr() for p in leaf._parameters.values() if p is not None]
+        found += [p.data_ptr() for p in held.values() if p is not None]
         for t in leaf.side_tensors():
             if t.device != device:
                 return None

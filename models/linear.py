@@ -74,6 +74,9 @@ class Leaf(nn.Module):
         """Where it computes: where its weight lies, or where that is streamed to."""
         return self.weight.device if self.streamer is None else self.streamer.device
 
+    def set_streamer(self, streamer: Streamer | None) -> None:
+        self.streamer = streamer
+
     def side_tensors(self) -> list[Tensor]:
         """What lies beside the weight and is computed with."""
         return []
@@ -199,6 +202,10 @@ class PackedLinear(PackedLeaf):
         super().put(name, tensor)
         self._views = None
 
+    def set_streamer(self, streamer: Streamer | None) -> None:
+        super().set_streamer(streamer)
+        self._views = None
+
     def fuses_side(self, compute: str) -> bool:
         """Whether the kernels take all of the side: columns they do, but torch's product with the dense weight does not."""
         return self._side is None or (self._side.delta is None and (compute != "weight_only" or self.is_modulation))
@@ -272,8 +279,8 @@ class PackedLinear(PackedLeaf):
         return packed_linear(self.spec, self._parts(blob), x, bias, compute, norm, ending, out, self._fits_fp16, peak)
 
     def _parts(self, blob: Tensor) -> list[layout.PartView]:
-        """Views of the parts: kept for the module's own weight, since making them costs more than a launch; made for a streamed one."""
-        if blob is not self.weight:
+        """Views of the parts: kept for a weight that has its place, since making them costs more than a launch; made for a host's copy."""
+        if blob is not (self.weight if self.streamer is None else self.streamer.tensors(self)["weight"]):
             return self._with_columns(layout.views(self.spec, blob))
         kept, at = self._views, blob.data_ptr()
         if kept is None or kept[0] != at:
@@ -382,11 +389,14 @@ def peak_between(first: Linear, second: Linear, gelu_from: int, rows: int, compu
     """
     if torch.compiler.is_compiling() or not isinstance(first, PackedLinear) or not isinstance(second, PackedLinear):
         return None
-    if compute not in ("exact", "fast") or not second.runtime.at_home(second, device):
+    if compute not in ("exact", "fast"):
         return None
     if not (first.fuses_side(compute) and second.fuses_side(compute)) or "forward" in first.__dict__ or "forward" in second.__dict__:
         return None
-    last = second._parts(second.weight)[-1]
+    held = second.runtime.held(second, device)
+    if held is None:
+        return None
+    last = second._parts(held["weight"])[-1]
     makers = [p for p in first.spec.parts if p.row_offset + p.n > gelu_from]
     if len(makers) != 1 or first.spec.out_features - gelu_from != last.spec.k or not finds_peak(makers[0], device, compute, rows):
         return None

@@ -6,7 +6,7 @@ The defaults are plain torch. nodes/host builds the ComfyUI one, so that overrid
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -49,6 +49,11 @@ def lies_on(module: nn.Module, device: torch.device) -> bool:
     return all(p is None or p.device == device for p in module._parameters.values())
 
 
+def held(module: nn.Module, device: torch.device) -> Mapping[str, Tensor | None] | None:
+    """The module's own parameters, where they lie on the device."""
+    return module._parameters if lies_on(module, device) else None
+
+
 @dataclass(frozen=True)
 class Runtime:
     """The host's services, as functions of tensors.
@@ -57,7 +62,7 @@ class Runtime:
     attend(q, k, v, heads, mask, transformer_options): the same after RoPE.
     acquire(module, device): context manager giving (weight, bias) on the device, unchanged in type; the module's own where they are there.
     check_cancel(): called once a block, outside compiled code; raises to stop.
-    at_home(module, device): whether acquire gives the module's own parameters, unchanged.
+    held(module, device): the module's parameters by name where acquire gives the same tensors at every call; None where it makes them.
     attention_in_use(): what `attend` goes to, as something to compare by equality; None where it may do more than compute.
     graphs: where blocks are recorded as CUDA graphs; None to leave it.
     """
@@ -66,6 +71,6 @@ class Runtime:
     attend: Callable[..., Tensor] = attend
     acquire: Callable[[nn.Module, torch.device], AbstractContextManager[tuple[Tensor, Tensor | None]]] = own_tensors
     check_cancel: Callable[[], None] = lambda: None
-    at_home: Callable[[nn.Module, torch.device], bool] = lies_on
+    held: Callable[[nn.Module, torch.device], Mapping[str, Tensor | None] | None] = held
     attention_in_use: Callable[[], object] = lambda: attend
     graphs: Graphs | None = None

@@ -1,7 +1,8 @@
 """Blocks that wait in pinned host memory and pass through two buffers on the GPU: the next is copied while this one computes.
 
 A step copies every streamed block once, so it takes at least their bytes over the bus's bandwidth, and what hides behind that is free.
-Nothing announces a block: the first weight that is asked for does (a block that is skipped copies nothing).
+Nothing announces a block: the first weight that is asked for does (a block that is skipped copies nothing). A block always passes through
+the same buffer, so that its tensors have one address each: views of them are made once, and the block can be recorded as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,14 @@ class Slab:
         """Whether every leaf still has its window, as before a move to the GPU and back."""
         start = self.host.data_ptr()
         return all(getattr(p.leaf, p.name) is not None and getattr(p.leaf, p.name).data_ptr() == start + p.offset for p in self.places)
+
+
+def windows(slab: Slab, memory: Tensor) -> dict[Leaf, dict[str, Tensor]]:
+    """The leaves' parameters as they lie in `memory` after a copy of the slab."""
+    found: dict[Leaf, dict[str, Tensor]] = {}
+    for place in slab.places:
+        found.setdefault(place.leaf, {})[place.name] = place.window(memory)
+    return found
 
 
 def leaves_of(block: nn.Module) -> list[Leaf]:
@@ -94,13 +103,15 @@ class Buffer:
     block: int | None = None
     ready: torch.cuda.Event | None = None
     free: torch.cuda.Event | None = None
-    windows: dict[Leaf, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class Streamer:
-    """Streams these blocks to `device`, in their order and from the last to the first again. Its leaves ask it for their tensors."""
+    """Streams these blocks to `device`, in their order and from the last to the first again. Its leaves ask it for their tensors.
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
+    network: what runs the blocks, if they are not all of it. When it is called the first two are fetched, behind whatever it does first.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, network: nn.Module | None = None):
         self.device, self.blocks = device, list(blocks)
         self._on_gpu = device.type == "cuda"
         self._slabs = [gather(block, self._on_gpu) for block in blocks]
@@ -108,9 +119,11 @@ class Streamer:
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
         size = max((slab.host.nbytes for slab in self._slabs), default=0)
         self._buffers = [Buffer(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(2, len(blocks)))]
+        self._windows = [windows(slab, self._buffer(i).memory) for i, slab in enumerate(self._slabs)]
         self._current: int | None = None
         for leaf in self._index:
-            leaf.streamer = self
+            leaf.set_streamer(self)
+        self._hook = None if network is None else network.register_forward_pre_hook(self._begin)
 
     @property
     def nbytes(self) -> int:
@@ -126,46 +139,60 @@ class Streamer:
         if self._on_gpu:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
         for leaf in self._index:
-            leaf.streamer = None
-        self._buffers, self._current = [], None
+            leaf.set_streamer(None)
+        if self._hook is not None:
+            self._hook.remove()
+        self._buffers, self._windows, self._current = [], [], None
 
     def tensors(self, leaf: Leaf) -> dict[str, Tensor]:
         """A leaf's parameters on the device by name, until a leaf of another block is asked for."""
         block = self._index[leaf]
         if block != self._current:
             self._enter(block)
-        return self._holding(block).windows.get(leaf, {})
+        return self._windows[block].get(leaf, {})
 
-    def _holding(self, block: int | None) -> Buffer | None:
-        return next((buffer for buffer in self._buffers if buffer.block == block), None) if block is not None else None
+    def _buffer(self, block: int) -> Buffer:
+        return self._buffers[block % len(self._buffers)]
 
     def _enter(self, block: int) -> None:
-        """Makes a block current: the one before is done with when what was asked of the device so far is, and the next is fetched."""
-        left = self._holding(self._current)
-        if left is not None and self._on_gpu:
-            left.free = torch.cuda.current_stream(self.device).record_event()
+        """Makes a block current, and fetches the next."""
+        self._leave()
         self._current = block
-        here = self._holding(block) or self._fetch(block, left or self._buffers[0])
+        self._fetch(block)
         if self._on_gpu:
-            torch.cuda.current_stream(self.device).wait_event(here.ready)
+            torch.cuda.current_stream(self.device).wait_event(self._buffer(block).ready)
         following = (block + 1) % len(self._slabs)
-        other = next((buffer for buffer in self._buffers if buffer is not here), None)
-        if other is not None and self._holding(following) is None:
-            self._fetch(following, other)
+        if self._buffer(following) is not self._buffer(block):  # an odd number's last and first share one
+            self._fetch(following)
 
-    def _fetch(self, block: int, buffer: Buffer) -> Buffer:
-        """Starts copying a block into a buffer."""
-        slab = self._slabs[block]
-        buffer.block, buffer.windows = block, {}
-        for place in slab.places:
-            buffer.windows.setdefault(place.leaf, {})[place.name] = place.window(buffer.memory)
-        target = buffer.memory[: slab.host.nbytes]
+    def _leave(self) -> None:
+        """The current block is done with when what was asked of the device so far is."""
+        if self._current is not None and self._on_gpu:
+            self._buffer(self._current).free = torch.cuda.current_stream(self.device).record_event()
+        self._current = None
+
+    def _begin(self, *_: object) -> None:
+        """Before a step: nothing computes with a buffer now."""
+        if not torch.compiler.is_compiling():
+            self._leave()
+            for block in range(len(self._buffers)):
+                self._fetch(block)
+
+    def _fetch(self, block: int) -> None:
+        """Starts copying a block into its buffer, unless it is there."""
+        buffer = self._buffer(block)
+        if buffer.block != block:
+            buffer.block = block
+            self._copy(block, buffer)
+
+    def _copy(self, block: int, buffer: Buffer) -> None:
+        host = self._slabs[block].host
+        target = buffer.memory[: host.nbytes]
         if not self._on_gpu:
-            target.copy_(slab.host)
-            return buffer
+            target.copy_(host)
+            return
         with torch.cuda.stream(self._stream):
             if buffer.free is not None:
                 self._stream.wait_event(buffer.free)
-            target.copy_(slab.host, non_blocking=True)
+            target.copy_(host, non_blocking=True)
             buffer.ready = self._stream.record_event()
-        return buffer

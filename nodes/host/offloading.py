@@ -69,7 +69,7 @@ def start(patcher: TonfaPatcher, device: torch.device) -> None:
     if old is not None and old.device == device and old.blocks == blocks and old.is_whole():
         return
     stop(patcher.model)
-    patcher.model.tonfa_streamer = Streamer(blocks, device)
+    patcher.model.tonfa_streamer = Streamer(blocks, device, patcher.model.diffusion_model)
     log.info("%d blocks (%.2f GB) are streamed through %.2f GB on %s.", len(blocks), moved / 1e9, buffers / 1e9, device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
 
@@ -83,19 +83,19 @@ def acquire(module: nn.Module, device: torch.device) -> AbstractContextManager[t
 
     The host's bias functions (a LoRA's bias in an offloaded layer) are applied; packed weights have no weight functions (see patcher.py).
     """
-    if at_home(module, device):
-        return contextlib.nullcontext((module.weight, module.bias))
+    found = held(module, device)
+    return streamed(module, device) if found is None else contextlib.nullcontext((found.get("weight"), found.get("bias")))
+
+
+def held(module: nn.Module, device: torch.device) -> Mapping[str, Tensor | None] | None:
+    """The parameters that the module computes with, by name: its own as they lie on the device, or our streaming's. None: see acquire."""
+    changed = module.comfy_cast_weights or hasattr(module, "_v") or module.weight_function or module.bias_function
+    if not changed and lies_on(module, device):
+        return module._parameters
     streamer = getattr(module, "streamer", None)
-    if streamer is not None and streamer.device == device and not module.bias_function:
-        found = streamer.tensors(module)
-        return contextlib.nullcontext((found["weight"], found.get("bias")))
-    return streamed(module, device)
-
-
-def at_home(module: nn.Module, device: torch.device) -> bool:
-    """Whether the module computes with its own parameters as they lie on the device."""
-    unchanged = not (module.comfy_cast_weights or hasattr(module, "_v") or module.weight_function or module.bias_function)
-    return unchanged and lies_on(module, device)
+    if streamer is None or streamer.device != device or module.bias_function:
+        return None
+    return streamer.tensors(module)
 
 
 @contextlib.contextmanager
@@ -127,6 +127,6 @@ def check_cancel() -> None:
 
 def host_runtime() -> Runtime:
     return Runtime(
-        attention=attention, attend=attend, acquire=acquire, check_cancel=check_cancel, at_home=at_home,
+        attention=attention, attend=attend, acquire=acquire, check_cancel=check_cancel, held=held,
         attention_in_use=host_attention, graphs=Graphs(),
     )  # fmt: skip

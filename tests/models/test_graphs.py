@@ -116,7 +116,7 @@ def test_a_recording_knows_its_side_and_a_weight_elsewhere_or_a_wrapped_forward_
     linear.forward = linear.forward
     assert addresses(block, cpu) is None
     del linear.forward
-    block.runtime = dataclasses.replace(block.runtime, at_home=lambda leaf, device: leaf is not linear)
+    block.runtime = dataclasses.replace(block.runtime, held=lambda leaf, device: None if leaf is linear else leaf._parameters)
     assert addresses(block, cpu) is None
 
 
