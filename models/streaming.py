@@ -1,8 +1,11 @@
-"""Blocks that wait in pinned host memory and pass through two buffers on the GPU: the next is copied while this one computes.
+"""Blocks that wait in pinned host memory and pass through a ring on the GPU: the next are copied while this one computes.
 
 A step copies every streamed block once, so it takes at least their bytes over the bus's bandwidth, and what hides behind that is free.
-Nothing announces a block: the first weight that is asked for does (a block that is skipped copies nothing). A block always passes through
-the same buffer, so that its tensors have one address each: views of them are made once, and the block can be recorded as a CUDA graph.
+FLUX's double blocks take longer to copy than to compute and its single ones less, so the ring holds more than two: while single
+blocks compute, the bus gets ahead.
+
+Nothing announces a block: the first weight that is asked for does (a block that is skipped costs at most the copies that were ahead). A
+block always goes to the same place, so that its tensors have one address each: views are made once, and CUDA graphs of it can be recorded.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from .linear import Leaf, parameter
 log = logging.getLogger(__name__)
 
 ALIGN = 256
+AHEAD = 4  # of the largest blocks fit in the ring
 
 
 @dataclass(frozen=True)
@@ -95,20 +99,20 @@ def pin_memory(slab: Slab) -> None:
         log.info("Host memory for offloaded blocks could not be pinned; copies from ordinary memory are slower.")
 
 
-@dataclass(eq=False)
-class Buffer:
-    """Room for one block on the device. `block`: the one whose copy was started last; the events order copies and computing."""
-
-    memory: Tensor
-    block: int | None = None
-    ready: torch.cuda.Event | None = None
-    free: torch.cuda.Event | None = None
+def room_for(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """(where each block goes, bytes in all): one behind the other in a ring that holds AHEAD of the largest, or all if they are fewer."""
+    total, starts, at = min(sum(sizes), AHEAD * max(sizes, default=0)), [], 0
+    for size in sizes:
+        at = 0 if at + size > total else at
+        starts.append(at)
+        at += size
+    return starts, total
 
 
 class Streamer:
     """Streams these blocks to `device`, in their order and from the last to the first again. Its leaves ask it for their tensors.
 
-    network: what runs the blocks, if they are not all of it. When it is called the first two are fetched, behind whatever it does first.
+    network: what runs the blocks, if they are not all of it. When it is called the first ones are fetched, beside whatever it does first.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, network: nn.Module | None = None):
@@ -117,9 +121,17 @@ class Streamer:
         self._slabs = [gather(block, self._on_gpu) for block in blocks]
         self._index = {leaf: i for i, block in enumerate(blocks) for leaf in leaves_of(block)}
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
-        size = max((slab.host.nbytes for slab in self._slabs), default=0)
-        self._buffers = [Buffer(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(2, len(blocks)))]
-        self._windows = [windows(slab, self._buffer(i).memory) for i, slab in enumerate(self._slabs)]
+        sizes = [slab.host.nbytes for slab in self._slabs]
+        starts, total = room_for(sizes)
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        self._memory = torch.empty(total, dtype=torch.uint8, device=device)
+        self._targets = [self._memory[start:end] for start, end in zip(starts, ends, strict=True)]
+        self._windows = [windows(slab, target) for slab, target in zip(self._slabs, self._targets, strict=True)]
+        every = range(len(self._slabs))
+        self._rivals = [{j for j in every if j != i and starts[j] < ends[i] and starts[i] < ends[j]} for i in every]
+        self._here: set[int] = set()  # blocks whose copy was started, and whose place nothing else has been copied to since
+        self._ready: dict[int, torch.cuda.Event] = {}
+        self._left: dict[int, torch.cuda.Event] = {}
         self._current: int | None = None
         for leaf in self._index:
             leaf.set_streamer(self)
@@ -128,7 +140,7 @@ class Streamer:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return sum(buffer.memory.nbytes for buffer in self._buffers)
+        return 0 if self._memory is None else self._memory.nbytes
 
     def is_whole(self) -> bool:
         """Whether what it copies are still the leaves' own tensors."""
@@ -142,7 +154,8 @@ class Streamer:
             leaf.set_streamer(None)
         if self._hook is not None:
             self._hook.remove()
-        self._buffers, self._windows, self._current = [], [], None
+        self._memory, self._current = None, None
+        self._targets, self._windows, self._here = [], [], set()
 
     def tensors(self, leaf: Leaf) -> dict[str, Tensor]:
         """A leaf's parameters on the device by name, until a leaf of another block is asked for."""
@@ -151,48 +164,51 @@ class Streamer:
             self._enter(block)
         return self._windows[block].get(leaf, {})
 
-    def _buffer(self, block: int) -> Buffer:
-        return self._buffers[block % len(self._buffers)]
-
     def _enter(self, block: int) -> None:
-        """Makes a block current, and fetches the next."""
+        """Makes a block current, and fetches those behind it, as many as there are places for that nothing in between needs."""
         self._leave()
         self._current = block
         self._fetch(block)
         if self._on_gpu:
-            torch.cuda.current_stream(self.device).wait_event(self._buffer(block).ready)
-        following = (block + 1) % len(self._slabs)
-        if self._buffer(following) is not self._buffer(block):  # an odd number's last and first share one
-            self._fetch(following)
+            torch.cuda.current_stream(self.device).wait_event(self._ready[block])
+        self._fetch_behind({block}, block + 1)
 
     def _leave(self) -> None:
         """The current block is done with when what was asked of the device so far is."""
         if self._current is not None and self._on_gpu:
-            self._buffer(self._current).free = torch.cuda.current_stream(self.device).record_event()
+            self._left[self._current] = torch.cuda.current_stream(self.device).record_event()
         self._current = None
 
     def _begin(self, *_: object) -> None:
-        """Before a step: nothing computes with a buffer now."""
-        if not torch.compiler.is_compiling():
+        """Before a step: no block is computed with."""
+        if self._slabs and not torch.compiler.is_compiling():
             self._leave()
-            for block in range(len(self._buffers)):
-                self._fetch(block)
+            self._fetch_behind(set(), 0)
+
+    def _fetch_behind(self, needed: set[int], first: int) -> None:
+        for i in range(first, first + len(self._slabs)):
+            block = i % len(self._slabs)
+            if block in needed or not needed.isdisjoint(self._rivals[block]):
+                return
+            needed.add(block)
+            self._fetch(block)
 
     def _fetch(self, block: int) -> None:
-        """Starts copying a block into its buffer, unless it is there."""
-        buffer = self._buffer(block)
-        if buffer.block != block:
-            buffer.block = block
-            self._copy(block, buffer)
+        """Starts copying a block to its place, unless it is there."""
+        if block in self._here:
+            return
+        gone = self._here & self._rivals[block]
+        self._here = (self._here - gone) | {block}
+        self._copy(block, [self._left[i] for i in gone if i in self._left])
 
-    def _copy(self, block: int, buffer: Buffer) -> None:
-        host = self._slabs[block].host
-        target = buffer.memory[: host.nbytes]
+    def _copy(self, block: int, before: list[torch.cuda.Event]) -> None:
+        """Starts the copy; on a GPU it begins behind these events."""
+        host, target = self._slabs[block].host, self._targets[block]
         if not self._on_gpu:
             target.copy_(host)
             return
         with torch.cuda.stream(self._stream):
-            if buffer.free is not None:
-                self._stream.wait_event(buffer.free)
+            for event in before:
+                self._stream.wait_event(event)
             target.copy_(host, non_blocking=True)
-            buffer.ready = self._stream.record_event()
+            self._ready[block] = self._stream.record_event()

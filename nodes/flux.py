@@ -154,7 +154,7 @@ TOOLTIPS = {
     ),
     "cpu_offload": (
         "auto leaves it to ComfyUI's memory manager, as for any model: at 6.3 GiB it fits a 12 GiB card (the original offloaded below "
-        "14 GiB, which would slow those down for nothing). enable: blocks wait in main memory and pass through two buffers on the GPU. "
+        "14 GiB, which would slow those down for nothing). enable: blocks wait in main memory and pass through a ring on the GPU. "
         "disable: all of it stays on the GPU."
     ),
     "device_id": "The CUDA (or ROCm) device that computes. If it is not there, ComfyUI's own device does, and the log says so.",

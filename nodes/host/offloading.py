@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ...models.streaming import Streamer, leaves_of, sizes
+from ...models.streaming import Streamer, leaves_of, room_for, sizes
 from .exchange import is_loaded, keep_loaded
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def streamed_blocks(model: nn.Module, offload: Offload) -> list[nn.Module]:
 
 
 def streamed_nbytes(blocks: Sequence[nn.Module]) -> tuple[int, int]:
-    """(bytes of the blocks' tensors, bytes of the two buffers that they pass through)."""
+    """(bytes of the blocks' tensors, bytes of the ring that they pass through)."""
     found = [sizes(block) for block in blocks]
-    return sum(own for own, _ in found), max((slab for _, slab in found), default=0) * min(2, len(found))
+    return sum(own for own, _ in found), room_for([slab for _, slab in found])[1]
 
 
 def streamer_of(model: nn.Module) -> Streamer | None:
