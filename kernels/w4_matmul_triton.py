@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .int_to_float import by_magic
 from .layout import PartView
 from .rounding import dot_split, inverse_of, operand, rounded, storable
 from .smooth_quantize_torch import QuantizedInput
@@ -94,7 +95,7 @@ def _e2m1_weights(nibble, scales, n, first_group, NP, BN: tl.constexpr):
 @triton.jit
 def _half_product(
     packed, x, at, scales, n, group, NP, acc, HALF: tl.constexpr, KIND: tl.constexpr, E4M3: tl.constexpr, BN: tl.constexpr,
-    PTX: tl.constexpr, EMULATE: tl.constexpr,
+    PTX: tl.constexpr, MAGIC: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """The product of one 64 of K: unscaled and separate for codes, added to acc for NVFP4 (whose scales are inside the operand)."""
     v = tl.load(x + at)
@@ -110,7 +111,7 @@ def _half_product(
     else:
         w = _int8_weights(packed, HALF, PTX)
         total = tl.dot(w, v, out_dtype=tl.int32)
-        if PTX or EMULATE:  # below 2^22, so an integer sum and a float difference convert it: cheaper than a conversion on NVIDIA
+        if MAGIC:  # int_to_float.py; a group's total is below 2^22
             product = (total + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
         else:
             product = total.to(tl.float32)
@@ -176,7 +177,7 @@ def _w4_matmul(
     h_row, extra_row, extra_rank, xseg1, xseg2, xseg3,
     KIND: tl.constexpr, E4M3: tl.constexpr, FOLD: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, XB: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
-    GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, PTX: tl.constexpr,
+    GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, PTX: tl.constexpr, MAGIC: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
     """KIND: "group" (int4: a scale per 64 on both sides; E4M3 says in which form), "plain" (NVFP4)."""
@@ -205,17 +206,17 @@ def _w4_matmul(
         packed = tl.load(codes_at + k // 2)
         group = k // 64
         if KIND == "plain":
-            acc = _half_product(packed, x, x_at + k, scales, n, group, NP, acc, 0, KIND, E4M3, BN, PTX, EMULATE)
-            acc = _half_product(packed, x, x_at + (k + 64), scales, n, group + 1, NP, acc, 1, KIND, E4M3, BN, PTX, EMULATE)
+            acc = _half_product(packed, x, x_at + k, scales, n, group, NP, acc, 0, KIND, E4M3, BN, PTX, MAGIC, EMULATE)
+            acc = _half_product(packed, x, x_at + (k + 64), scales, n, group + 1, NP, acc, 1, KIND, E4M3, BN, PTX, MAGIC, EMULATE)
         else:
             ahead = tl.minimum(group + 2, last)
             next_w0 = tl.load(scales + ahead * NP + n).to(tl.float32)
             next_w1 = tl.load(scales + (ahead + 1) * NP + n).to(tl.float32)
-            low = _half_product(packed, x, x_at + k, scales, n, group, NP, acc, 0, KIND, E4M3, BN, PTX, EMULATE)
+            low = _half_product(packed, x, x_at + k, scales, n, group, NP, acc, 0, KIND, E4M3, BN, PTX, MAGIC, EMULATE)
             next_a0 = tl.load(x_scales + ahead.to(tl.int64) * M + token)
             next_a1 = tl.load(x_scales + (ahead + 1).to(tl.int64) * M + token)
             acc += low * (w0[:, None] * a0[None, :])
-            high = _half_product(packed, x, x_at + (k + 64), scales, n, group + 1, NP, acc, 1, KIND, E4M3, BN, PTX, EMULATE)
+            high = _half_product(packed, x, x_at + (k + 64), scales, n, group + 1, NP, acc, 1, KIND, E4M3, BN, PTX, MAGIC, EMULATE)
             acc += high * (w1[:, None] * a1[None, :])
             a0 = next_a0
             a1 = next_a1
@@ -312,7 +313,7 @@ def w4_matmul_triton(q: QuantizedInput, part: PartView, bias: Tensor | None, out
             *launch_sizes(q, part, out, finish),
             KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RB=rank_step(rank, 32), XB=rank_step(extra_rank(q, part), 32),
             BN=tile.bn, BM=tile.bm, GROUP_M=GROUP_M,
-            PTX=target.name.startswith("sm_"),
+            PTX=target.name.startswith("sm_"), MAGIC=by_magic(target),
             **launch_switches(part, rank, shift, bias, finish), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ DEVICE_WIDGET = {"default": 0, "min": 0, "step": 1, "display": "number", "lazy":
 COMPUTE = ["auto", "exact", "fast", "weight_only"]
 ATTENTION = ["nunchaku-fp16", "flash-attention2"]
 OFFLOAD = ["auto", "enable", "disable"]
+I2F = ["enabled", "always"]
 
 
 class NunchakuFluxDiTLoader:
@@ -48,7 +49,7 @@ class NunchakuFluxDiTLoader:
                 "data_type": (["bfloat16", "float16"], {"default": "bfloat16", "tooltip": TOOLTIPS["data_type"]}),
             },
             "optional": {
-                "i2f_mode": (["enabled", "always"], {"default": "enabled", "tooltip": TOOLTIPS["i2f_mode"]}),
+                "i2f_mode": (I2F, {"default": "enabled", "tooltip": TOOLTIPS["i2f_mode"]}),
                 "compute": (COMPUTE, {"default": "auto", "tooltip": TOOLTIPS["compute"]}),
                 "cache_threshold_single": ("FLOAT", {**SHARE, "default": 0.0, "tooltip": TOOLTIPS["cache_threshold_single"]}),
                 "cache_start_percent": ("FLOAT", {**SHARE, "default": 0.0, "tooltip": TOOLTIPS["cache_start_percent"]}),
@@ -99,6 +100,7 @@ class NunchakuFluxDiTLoader:
         num_blocks_on_gpu: int = 1,
     ) -> tuple:
         """(MODEL,). The file is read again only when it, the device or the type changed; anything else makes a new clone."""
+        from ..kernels.int_to_float import set_mode
         from .host.caching import cache_config, use_first_block_cache
         from .host.files import identity
         from .host.lora_files import teach_stock_nodes
@@ -111,6 +113,7 @@ class NunchakuFluxDiTLoader:
         where = place(int(device_id or 0), data_type)
         compute = self._known("compute", compute, COMPUTE)
         attention = self._known("attention", attention, ATTENTION)
+        set_mode(self._known("i2f_mode", i2f_mode, I2F))
         cpu_offload = self._known("cpu_offload", cpu_offload, OFFLOAD)
         key = (identity(path), where)
         if key != self._key:
@@ -159,7 +162,10 @@ TOOLTIPS = {
     ),
     "device_id": "The CUDA (or ROCm) device that computes. If it is not there, ComfyUI's own device does, and the log says so.",
     "data_type": ("The type of activations and of the layers that are not 4-bit. A device without it computes in what ComfyUI would take."),
-    "i2f_mode": "Kept for saved graphs; does nothing: it switched a kernel for 20-series cards that is not used here.",
+    "i2f_mode": (
+        "How sums of integer products become floats, on GPUs without 8-bit float units. enabled: by an integer addition on NVIDIA GPUs, "
+        "where that is no slower, else by a conversion. always: by the addition everywhere. Pictures are the same bit for bit."
+    ),
     "compute": (
         "How the 4-bit layers multiply. exact: activations rounded to 4 bit, as the original program does. fast: activations kept in 8 bit "
         "(16 bit for NVFP4 files), closer to the unquantised model. weight_only: weights expanded to 16 bit at each use, closest and slow. "

@@ -29,6 +29,7 @@ from tonfa.kernels import w4_matmul_triton as matmul
 from tonfa.kernels import w4_matmul_wide as wide
 from tonfa.kernels import w4a16_linear_triton as linear
 from tonfa.kernels.block_scale import BLOCK
+from tonfa.kernels.int_to_float import by_magic
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
 from tonfa.kernels.tiles import QUANTIZE_PIECES, Tile, linear_tile, matmul_tile, quantize_tile, wide_bands
@@ -162,7 +163,7 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, extra
     constants = {
         "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": matmul.rank_step(rank, 32),
         "XB": matmul.rank_step(extra, 32), "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": matmul.GROUP_M,
-        "PTX": target.name.startswith("sm_"), "EMULATE": False, **{n: bool(flags.get(n)) for n in SWITCHES},
+        "PTX": target.name.startswith("sm_"), "MAGIC": by_magic(target), "EMULATE": False, **{n: bool(flags.get(n)) for n in SWITCHES},
     }  # fmt: skip
     wanted = instruction(target, "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "bf16")
     return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, (wanted,))
