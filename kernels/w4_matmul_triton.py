@@ -313,7 +313,7 @@ def w4_matmul_triton(q: QuantizedInput, part: PartView, bias: Tensor | None, out
             *launch_sizes(q, part, out, finish),
             KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RB=rank_step(rank, 32), XB=rank_step(extra_rank(q, part), 32),
             BN=tile.bn, BM=tile.bm, GROUP_M=GROUP_M,
-            PTX=target.name.startswith("sm_"), MAGIC=by_magic(target),
+            PTX=target.name.startswith("sm_"), MAGIC=by_magic(),
             **launch_switches(part, rank, shift, bias, finish), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

@@ -163,8 +163,8 @@ TOOLTIPS = {
     "device_id": "The CUDA (or ROCm) device that computes. If it is not there, ComfyUI's own device does, and the log says so.",
     "data_type": ("The type of activations and of the layers that are not 4-bit. A device without it computes in what ComfyUI would take."),
     "i2f_mode": (
-        "How sums of integer products become floats, on GPUs without 8-bit float units. enabled: by an integer addition on NVIDIA GPUs, "
-        "where that is no slower, else by a conversion. always: by the addition everywhere. Pictures are the same bit for bit."
+        "How sums of integer products become floats, on GPUs without 8-bit float units. enabled: by the hardware's conversion, "
+        "which is faster where both were timed. always: by an integer addition. Pictures are the same bit for bit."
     ),
     "compute": (
         "How the 4-bit layers multiply. exact: activations rounded to 4 bit, as the original program does. fast: activations kept in 8 bit "

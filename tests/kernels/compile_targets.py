@@ -29,7 +29,6 @@ from tonfa.kernels import w4_matmul_triton as matmul
 from tonfa.kernels import w4_matmul_wide as wide
 from tonfa.kernels import w4a16_linear_triton as linear
 from tonfa.kernels.block_scale import BLOCK
-from tonfa.kernels.int_to_float import by_magic
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
 from tonfa.kernels.tiles import QUANTIZE_PIECES, Tile, linear_tile, matmul_tile, quantize_tile, wide_bands
@@ -163,7 +162,7 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, extra
     constants = {
         "out_col": 1, "residual_col": 1, "KIND": kernel_kind, "E4M3": e4m3, "FOLD": fold, "RANK": rank, "RB": matmul.rank_step(rank, 32),
         "XB": matmul.rank_step(extra, 32), "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "GROUP_M": matmul.GROUP_M,
-        "PTX": target.name.startswith("sm_"), "MAGIC": by_magic(target), "EMULATE": False, **{n: bool(flags.get(n)) for n in SWITCHES},
+        "PTX": target.name.startswith("sm_"), "EMULATE": False, **{n: bool(flags.get(n)) for n in (*SWITCHES, "MAGIC")},
     }  # fmt: skip
     wanted = instruction(target, "e4m3" if e4m3 else "int8" if kernel_kind == "group" else "bf16")
     return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, (wanted,))
@@ -298,6 +297,7 @@ def int8_variants(target: Target) -> list[Variant]:
         quantize_variant("fast, norm", target, bf16, "int", 127, False, norm=True, ranks=128),
         quantize_variant("fast, norm, fp16", target, fp16, "int", 127, False, norm=True),
         matmul_variant("exact", target, bf16, "int4", "int8", 4608),
+        matmul_variant("exact, magic", target, bf16, "int4", "int8", 4608, MAGIC=True),
         matmul_variant("exact, 1 row, gelu", target, bf16, "int4", "int8", 1, GELU=True),
         matmul_variant("fast, lora 32", target, bf16, "int8", "int8", 4608, extra=32),
         quantize_variant("fast, norm, lora 4 x 32", target, bf16, "int", 127, False, norm=True, ranks=64, extra=128),

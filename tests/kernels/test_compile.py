@@ -39,7 +39,7 @@ def compiled(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942", "gfx1100", "gfx1201"])
 def test_kernels_compile_well(compiled, target):
     rows = [row for row in compiled if row["target"] == target]
-    assert len(rows) == {"sm_75": 6, "sm_80": 34, "sm_86": 34, "sm_90": 62}.get(target, 31 if target.startswith("gfx") else 57)
+    assert len(rows) == {"sm_75": 6, "sm_80": 35, "sm_86": 35, "sm_90": 62}.get(target, 32 if target.startswith("gfx") else 57)
     for row in rows:
         label = f"{target} {row['kernel']}"
         assert row["error"] is None, f"{label}: {row['error']}"
