@@ -144,6 +144,19 @@ def test_zero_weight():
     assert torch.equal(dense_weight(quantize.quantize_modulation(torch.zeros(384, 128), None)), torch.zeros(384, 128))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modulation_ranges_are_searched(dtype):
+    gen = torch.Generator().manual_seed(8)
+    w = torch.randn(384, 128, generator=gen) * torch.randn(384, 128, generator=gen).abs() + 0.3
+    layer = quantize.quantize_modulation(w, None, dtype)
+    groups = w.unflatten(1, (-1, 64))
+    low = groups.amin(-1).to(dtype).float()[..., None]
+    scale = ((groups.amax(-1)[..., None] - low) / 15).to(dtype).float()
+    plain = (((groups - low) / scale).round().clamp(0, 15) * scale + low - groups).square().sum(-1)
+    found = (dense_weight(layer) - w).square().unflatten(1, (-1, 64)).sum(-1)
+    assert (found <= plain * 1.0001).all() and found.sum() < 0.9 * plain.sum()
+
+
 def test_nearest_e2m1():
     table = torch.tensor(E2M1[:8])
     x = torch.cat([torch.linspace(-8, 8, 4001), table, (table[1:] + table[:-1]) / 2, torch.tensor([0.0, 1e30, -1e30])])
