@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 PROGRAM = "tonfa"
@@ -37,6 +38,31 @@ def parser() -> argparse.ArgumentParser:
     dense = commands.add_parser("dequantize", help="writes the 16-bit checkpoint that ComfyUI's own Load Diffusion Model takes")
     dense.add_argument("input", type=Path, metavar="IN", help="a 4-bit checkpoint")
     dense.add_argument("output", type=Path, metavar="OUT", help="the .safetensors file to write (for FLUX.1 about 24 GB)")
+    quantize = commands.add_parser("quantize", help="writes a FLUX.1 as a 4-bit checkpoint (SVDQuant), its report beside it")
+    quantize.add_argument(
+        "input", type=Path, metavar="IN", help="a dense FLUX.1: .safetensors in 16 or 32 bits or fp8, or a diffusers folder"
+    )
+    quantize.add_argument("output", type=Path, metavar="OUT", help="the .safetensors file to write (about 7 GB)")
+    how = quantize.add_mutually_exclusive_group()
+    how.add_argument("--data-free", action="store_true", help="look at the weights only (the default)")
+    how.add_argument("--calibrate", type=Path, nargs="?", const=Path(), metavar="FILE",
+                     help="sample pictures first, for the prompts in FILE (tensors context and pooled), else for random ones")  # fmt: skip
+    how.add_argument("--naive", action="store_true", help="round to nearest, without smoothing and branch: for comparisons")
+    quantize.add_argument("--precision", choices=("int4", "nvfp4"), default="int4")
+    width = quantize.add_mutually_exclusive_group()
+    width.add_argument("--rank", type=int, default=32, metavar="N", help="of the low-rank branch, a multiple of 16 (default: 32)")
+    width.add_argument("--size", type=float, metavar="GB", help="choose every layer's rank so that the file has this size")
+    quantize.add_argument("--steps", type=int, default=8, metavar="N", help="sampling steps of --calibrate (default: 8)")
+    quantize.add_argument("--pixels", type=int, default=1024, metavar="N", help="side of its pictures (default: 1024)")
+    quantize.add_argument("--gptq", action="store_true", help="with --calibrate: round with feedback between columns (slower)")
+    quantize.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: the GPU if torch finds one)")
+    compare = commands.add_parser(
+        "compare", help="says how far the weights of two 4-bit checkpoints, or of one and its dense model, differ"
+    )
+    compare.add_argument("file", type=Path, metavar="A", help="a 4-bit checkpoint")
+    compare.add_argument("reference", type=Path, metavar="B", help="another of the same model, or the dense file")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: the GPU if torch finds one)")
     t5 = commands.add_parser("quantize-t5", help="writes a T5-XXL text encoder as a 4-bit one, with a search for the best clipping")
     t5.add_argument("input", type=Path, metavar="IN", help="a T5-XXL .safetensors file: fp16, bf16, fp32, fp8 or scaled fp8")
     t5.add_argument("output", type=Path, metavar="OUT", help="the .safetensors file to write (about 3 GB)")
@@ -68,6 +94,10 @@ def run(options: argparse.Namespace) -> int:
         return inspect(options.file, options.json)
     if options.command == "dequantize":
         return dequantize(options.input, options.output)
+    if options.command == "quantize":
+        return quantize(options)
+    if options.command == "compare":
+        return compare(options)
     if options.command == "quantize-t5":
         return quantize_t5(options.input, options.output, options.device, options.precision_of_rest)
     if options.inside_comfyui:
@@ -155,15 +185,78 @@ def dequantize(source: Path, target: Path) -> int:
     return 0
 
 
-def quantize_t5(source: Path, target: Path, device: str | None, rest: str) -> int:
+def quantize(options: argparse.Namespace) -> int:
+    """Writes a 4-bit FLUX.1. Interrupted, the same command goes on from there."""
     import torch
+    from tonfa.models.quantize_flux import Calibration, Options, quantize_file
+
+    device = chosen_device(options.device)
+    if device is None:
+        return refuse(NO_GPU)
+    mode = "naive" if options.naive else "data-free" if options.calibrate is None else "calibrated"
+    try:
+        budget = None if options.size is None else int(options.size * 1e9)
+        how = Options(options.precision, options.rank, mode, gptq=options.gptq, size_budget=budget)
+        sampling = Calibration(None if options.calibrate == Path() else options.calibrate, options.steps, options.pixels)
+    except ValueError as error:
+        return refuse(f"{error}.")
+    try:
+        with bars({"calibrating": "block", "quantising": "layer"}) as progress:
+            report = quantize_file(options.input, options.output, how, sampling, device, progress)
+    except torch.OutOfMemoryError as error:
+        return refuse(f"the GPU has too little memory free ({str(error).splitlines()[0]}); close what uses it, or say --device cpu.")
+    print("\n".join(report.lines()))
+    print(f"Wrote {options.output}, and {options.output.stem}.report.json beside it")
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    from tonfa.models.compare import compare as held_against
+
+    device = chosen_device(options.device)
+    if device is None:
+        return refuse(NO_GPU)
+    with bars({"comparing": "layer"}) as progress:
+        found = held_against(options.file, options.reference, device, lambda done, total: progress("comparing", done, total))
+    print(json.dumps(found.as_json(), indent=2) if options.json else "\n".join(found.lines()))
+    return 0
+
+
+NO_GPU = "torch finds no GPU here; leave --device out, or say --device cpu."
+
+
+def chosen_device(wanted: str | None) -> str | None:
+    """Where to compute: as wanted, else the GPU where torch finds one. None for a GPU that is not there."""
+    import torch
+
+    there = torch.cuda.is_available()
+    return None if wanted == "cuda" and not there else wanted or ("cuda" if there else "cpu")
+
+
+def quantize_t5(source: Path, target: Path, device: str | None, rest: str) -> int:
     from tonfa.models.quantize_t5 import quantize_t5 as convert
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        return refuse("torch finds no GPU here; leave --device out, or say --device cpu.")
+    device = chosen_device(device)
+    if device is None:
+        return refuse(NO_GPU)
     with_bar("quantize-t5", target, lambda progress: convert(source, target, device, rest, progress))
     return 0
+
+
+@contextmanager
+def bars(units: dict[str, str]) -> Iterator[Callable[[str, int, int], None]]:
+    """progress(stage, done, total) with a bar for each stage, shown from its first call on, with the time that remains."""
+    from tqdm import tqdm
+
+    with ExitStack() as open_bars:
+        shown: dict[str, tqdm] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in shown:
+                shown[stage] = open_bars.enter_context(tqdm(desc=stage, unit=units[stage], total=total, delay=1))
+            shown[stage].update(done - shown[stage].n)
+
+        yield progress
 
 
 def with_bar(name: str, target: Path, write: Callable[[Callable[[int, int], None]], None]) -> None:
@@ -202,7 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: stopped" + ("; the same command goes on from here" if options.command == "download" else ""), file=sys.stderr)
+        goes_on = options.command in ("download", "quantize")
+        print(f"{PROGRAM}: stopped" + ("; the same command goes on from here" if goes_on else ""), file=sys.stderr)
         return 130
     except refusals(options.command) as error:
         return refuse(error)

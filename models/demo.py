@@ -1,6 +1,6 @@
-"""`python -m tonfa demo`: a small FLUX-shaped checkpoint in the real file format, sampled in 16 and in 4 bit from the same start.
+"""`python -m tonfa demo`: the miniature FLUX, quantised on the spot, draws eight captions in 16 and in 4 bit from the same noise.
 
-In ComfyUI when one is found (the loader node and the host's sampler, in a process of their own), else through the same blocks without it.
+In ComfyUI through a graph when one is found (in a process of its own), else through the same blocks without it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,114 +21,130 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .calibrate import Collector
 from .comfyui import PACK, comfyui_version, find_comfyui
 from .demo_picture import draw
-from .demo_weights import Inputs, inputs, write_checkpoint
+from .dense_flux import dense_flux, open_dense
 from .flux import Flux
 from .formats.checkpoint import open_checkpoint
-from .linear import PackedLinear, PlainLinear
+from .miniature import Miniature, load_miniature
+from .quantize_flux import Options, quantize_flux
+from .similarity import psnr, ssim
 
-FILE = "svdq-int4_r32-tonfa-demo.safetensors"
-STEPS, SIZE, SHIFT = 8, 64, 1.15
-GUIDANCE = 4.0  # ComfyUI embeds 1000 x guidance in the compute type: 4000 is exact in bfloat16, 3500 (becoming 3504) is not
-REFERENCE = "dense float32"  # what the others are compared with; the dense runs use the same 4-bit weights, expanded
-RUNS = ("dense float32", "dense bfloat16", "weight_only", "fast", "exact")
+FILE = "svdq-int4_r32-tonfa-miniature.safetensors"
+SEED, STEPS = 7, 12
+DENSE = "16 bit"
+RUNS = (DENSE, "fast", "exact")  # the first is what the others are compared with
+SHOWN = "exact"  # the hardest: activations in 4 bit too
+CAPTIONS = (
+    "large red striped circle left of medium blue star on green",
+    "yellow 7 above large purple plain square on black",
+    "large orange dotted star top right on blue",
+    "small yellow cross below large pink shaded ring on purple",
+    "large cyan striped 3 left and medium red plain triangle right on yellow",
+    "medium green plain ring centre on white",
+    "large blue dotted square below small orange 9 on pink",
+    "red 4 right of large yellow shaded cross on cyan",
+)
+CALIBRATING = (  # others than those that are drawn
+    "large green dotted circle on red",
+    "medium yellow striped star top left on purple",
+    "small blue 5 right of large green plain ring on orange",
+    "large pink shaded triangle below red cross on blue",
+    "purple 8 left and large cyan dotted square right on black",
+    "large orange plain cross bottom on white",
+    "medium red striped ring above small green star on yellow",
+    "large blue 2 centre on pink",
+    "yellow triangle left of large purple striped circle on green",
+    "small cyan shaded square bottom right on orange",
+    "large purple 6 above medium red dotted cross on cyan",
+    "medium orange star right on black",
+)
 
 
 @dataclass
 class Run:
-    """One sampled latent: name, compute type, bytes of weights in memory, seconds of sampling, latent fp32 [1, 16, h, w]."""
+    """Eight pictures: name, compute type, bytes of weights in memory, seconds a step and picture, pictures fp32 [8, 3, 128, 128]."""
 
     name: str
     dtype: str
     nbytes: int
     seconds: float
-    latent: Tensor
+    pictures: Tensor
 
 
 def run(out: Path, use_comfyui: bool = True) -> None:
-    """Makes the checkpoint, samples it in every way, writes out/demo.png, prints the table. OSError when `out` cannot be written."""
+    """Quantises, draws in every way, writes out/demo.png, prints the table. OSError when `out` cannot be written; CheckpointError when
+    the miniature's files are not there."""
     out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    miniature = load_miniature(device=device)
     with tempfile.TemporaryDirectory(prefix="tonfa-demo-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / FILE
-        with tqdm(desc="writing the checkpoint", unit="layer", delay=1) as bar:
-            write_checkpoint(path, progress=lambda done, total: (setattr(bar, "total", total), bar.update(done - bar.n)))
-        runs = (in_comfyui(path) if use_comfyui else None) or standalone(path)
-    reference = next(r for r in runs if r.name == REFERENCE)
+        quantise(miniature, path)
+        runs = (in_comfyui(path) if use_comfyui else None) or standalone(miniature, path)
     picture = out / "demo.png"
-    draw(picture, {r.name: r.latent for r in runs}, dense="dense bfloat16", compared=("exact", "fast"))
-    print_table(runs, reference)
+    by_name = {r.name: r for r in runs}
+    draw(picture, CAPTIONS, by_name[DENSE].pictures, by_name[SHOWN].pictures, f"4 bit, compute {SHOWN}")
+    print_table(runs)
     print(f"Picture: {picture.resolve()}")
 
 
-def snr(latent: Tensor, reference: Tensor) -> float:
-    """Signal to noise of `latent` in dB, the reference being the signal."""
-    noise = (latent.double() - reference.double()).square().mean()
-    return float(10 * torch.log10(reference.double().square().mean() / noise)) if noise > 0 else float("inf")
+def quantise(miniature: Miniature, path: Path) -> None:
+    """SVDQuant of the miniature, INT4 and rank 32, calibrated by sampling twelve captions."""
+    started = time.perf_counter()
+    network = dense_flux(miniature.flux, torch.float32, miniature.device)
+    with Collector(network) as seen:
+        miniature.latents(network, CALIBRATING, range(1000, 1000 + len(CALIBRATING)), steps=8)
+    with tqdm(desc="quantising", unit="layer") as bar, closing(open_dense(miniature.flux)) as source:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        quantize_flux(source, path, Options(mode="calibrated"), seen.statistics, miniature.device, show)
+    sizes = " -> ".join(f"{file.stat().st_size / 2**20:.1f} MiB" for file in (miniature.flux, path))
+    print(f"Quantised in {time.perf_counter() - started:.0f} s: {sizes} on disk.")
 
 
-def print_table(runs: list[Run], reference: Run) -> None:
-    print(f"\n{'':16}{'computes in':>12}{'weights':>12}{'error (SNR)':>14}{f'{STEPS} steps':>10}")
+def print_table(runs: list[Run]) -> None:
+    reference = next(r for r in runs if r.name == DENSE)
+    print(f"\n{'':14}{'computes in':>12}{'weights':>12}{'PSNR':>11}{'SSIM':>9}{'a step':>11}")
     for r in runs:
-        error = "reference" if r is reference else f"{snr(r.latent, reference.latent):.1f} dB"
-        print(f"{r.name:16}{r.dtype:>12}{r.nbytes / 2**20:>8.2f} MiB{error:>14}{r.seconds:>8.2f} s")
-    print("Random weights of a small network: the errors and the memory are of its kind, the seconds say nothing about a real FLUX.\n")
-
-
-# -- without a host ---------------------------------------------------------------------------------------------------------------
-
-
-def standalone(path: Path) -> list[Run]:
-    """Every run through models/flux.py."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"Sampling without ComfyUI, on {device}: {STEPS} steps, {len(RUNS)} times")
-    material, runs = inputs(SIZE), []
-    with tqdm(total=STEPS * len(RUNS), unit="step", desc="sampling") as bar:
-        for name in RUNS:
-            dtype = torch.float32 if name == "dense float32" else torch.bfloat16
-            checkpoint = open_checkpoint(path)
-            model = Flux(checkpoint, dtype, device).eval()
-            checkpoint.close()  # Windows removes no folder with a mapped file in it
-            if name.startswith("dense"):
-                make_dense(model, dtype)
-            compute = "auto" if name.startswith("dense") else name
-            started = time.perf_counter()
-            latent = sample(model, material, compute, device, bar)
-            seconds = time.perf_counter() - started
-            runs.append(Run(name, str(dtype).removeprefix("torch."), weight_bytes(model), seconds, latent))
-    return runs
-
-
-def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
-    """Puts a dense linear in the place of every packed one: the 16-bit twin of the same weights."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, PackedLinear):
-                weight, bias = child.dense()
-                setattr(module, name, PlainLinear(weight.to(dtype), None if bias is None else bias.to(dtype), child.runtime))
+        alike = f"{'reference':>20}"
+        if r is not reference:
+            alike = (
+                f"{float(psnr(r.pictures, reference.pictures).mean()):>8.1f} dB{float(ssim(r.pictures, reference.pictures).mean()):>9.4f}"
+            )
+        print(f"{r.name:14}{r.dtype:>12}{r.nbytes / 2**20:>8.2f} MiB{alike}{r.seconds * 1e3:>8.0f} ms")
+    print(
+        f"{len(CAPTIONS)} captions, {STEPS} steps each. A miniature: its seconds say nothing about a real FLUX, whose steps are kernels.\n"
+    )
 
 
 def weight_bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in (*model.parameters(), *model.buffers()))
 
 
-def schedule(steps: int) -> list[float]:
-    """Noise levels 1 .. 0, shifted as for a small FLUX picture: s * e^m / (1 + (e^m - 1) * s)."""
-    e = 2.718281828459045**SHIFT
-    return [e * s / (1 + (e - 1) * s) for s in (1 - i / steps for i in range(steps + 1))]
+# -- without a host ---------------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def sample(model: Flux, material: Inputs, compute: str, device: torch.device, bar: tqdm) -> Tensor:
-    """Euler along the flow from pure noise: x <- x + (sigma_next - sigma) * v. Returns the latent, fp32 on the CPU."""
-    x, context, pooled = (t.to(device) for t in (material.noise, material.context, material.pooled))
-    context, guidance, options = context.to(model.dtype), torch.tensor([GUIDANCE], device=device), {"tonfa": {"compute": compute}}
-    sigmas = schedule(STEPS)
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-        velocity = model(x.to(model.dtype), torch.tensor([sigma], device=device), context, pooled, guidance, options)
-        x = x + (following - sigma) * velocity.float()
-        bar.update()
-    return x.cpu()
+def standalone(miniature: Miniature, path: Path) -> list[Run]:
+    """Every run through models/flux.py."""
+    print(f"Drawing without ComfyUI, on {miniature.device}: {len(CAPTIONS)} captions, {STEPS} steps, {len(RUNS)} times")
+    runs = []
+    for name in tqdm(RUNS, desc="drawing", unit="run"):
+        if name == DENSE:
+            model = dense_flux(miniature.flux, torch.bfloat16, miniature.device)
+        else:
+            with closing(open_checkpoint(path)) as checkpoint:  # Windows removes no folder with a mapped file in it
+                model = Flux(checkpoint, torch.bfloat16, miniature.device).eval()
+        started = time.perf_counter()
+        latents = miniature.latents(model, CAPTIONS, range(SEED, SEED + len(CAPTIONS)), STEPS, "auto" if name == DENSE else name)
+        latents = latents.cpu()  # waits for a GPU
+        seconds = (time.perf_counter() - started) / (STEPS * len(CAPTIONS))
+        runs.append(Run(name, "bfloat16", weight_bytes(model), seconds, miniature.pictures(latents.to(miniature.device)).cpu()))
+    return runs
 
 
 # -- inside ComfyUI ---------------------------------------------------------------------------------------------------------------
@@ -153,22 +170,18 @@ def in_comfyui(path: Path) -> list[Run] | None:
     """Every run inside the ComfyUI that is found; None, with one printed line, when there is none or it cannot run."""
     host = find_comfyui()
     if host is None:
-        print("No ComfyUI found: the same blocks are sampled without it.")
+        print("No ComfyUI found: the same blocks draw without it.")
         return None
     python = next((p for p in pythons(host) if can_import(p, host)), None)
     if python is None:
         print(f"ComfyUI {comfyui_version(host)} is in {host}, but no Python with its packages was found: going on without it.")
         return None
-    print(f"Sampling inside ComfyUI {comfyui_version(host)} in {host}: {STEPS} steps, {len(RUNS)} times", flush=True)
+    print(
+        f"Drawing inside ComfyUI {comfyui_version(host)} in {host}: {len(CAPTIONS)} captions, {STEPS} steps, {len(RUNS)} times", flush=True
+    )
     job, results = path.with_name("job.json"), path.with_name("results")
     results.mkdir()
-    material = inputs(SIZE)
-    save_file({"noise": material.noise, "context": material.context, "pooled": material.pooled}, path.with_name("inputs.safetensors"))
-    job.write_text(
-        json.dumps(
-            {"host": str(host), "checkpoint": str(path), "inputs": str(path.with_name("inputs.safetensors")), "results": str(results)}
-        )
-    )
+    job.write_text(json.dumps({"host": str(host), "checkpoint": str(path), "results": str(results)}))
     shim = PACK / "tests" / "host" / "shim"
     environment = {
         **os.environ,
@@ -182,12 +195,12 @@ def in_comfyui(path: Path) -> list[Run] | None:
 
 
 def write_run(folder: Path, result: Run) -> None:
-    facts = {name: value for name, value in asdict(result).items() if name != "latent"}
+    facts = {name: value for name, value in asdict(result).items() if name != "pictures"}
     (folder / f"{result.name}.json").write_text(json.dumps(facts))
-    save_file({"latent": result.latent.float().contiguous()}, folder / f"{result.name}.safetensors")
+    save_file({"pictures": result.pictures.float().contiguous()}, folder / f"{result.name}.safetensors")
 
 
 def read_run(folder: Path, name: str) -> Run:
     facts = json.loads((folder / f"{name}.json").read_text())
-    latent = load_file(folder / f"{name}.safetensors")["latent"].clone()  # not a view of the file, which is about to be removed
-    return Run(latent=latent, **facts)
+    pictures = load_file(folder / f"{name}.safetensors")["pictures"].clone()  # not a view of the file, which is about to be removed
+    return Run(pictures=pictures, **facts)

@@ -1,13 +1,14 @@
-"""Latents to a labelled picture: 16 bit | 4 bit | difference, one row for each way of computing."""
+"""The demo's picture: for every caption 16 bit | 4 bit | difference, two captions a row."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-PANEL, MARGIN, LABEL = 384, 12, 26
+PANEL, GAP, MARGIN, LABEL, COLUMNS = 192, 4, 10, 24, 2
 GAINS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -25,36 +26,25 @@ def pillow_problem() -> str | None:
     return f'the demo draws a picture and {found}; run `pip install ".[demo]"` in the folder of this pack, with the same Python.'
 
 
-def to_rgb(latent: Tensor) -> Tensor:
-    """latent [1, 16, h, w] -> RGB [3, h, w] by a fixed linear map of 16 channels to 3, orthonormal rows, not yet scaled to 0..1."""
-    rows = torch.linalg.qr(torch.randn(16, 3, generator=torch.Generator().manual_seed(3)))[0].T
-    return torch.einsum("rc,chw->rhw", rows, latent[0].float())
-
-
-def draw(path: Path, latents: dict[str, Tensor], dense: str, compared: tuple[str, ...]) -> None:
-    """Writes the PNG. latents by name; `dense` is the left column, each name in `compared` a row. All share one scale and one gain."""
+def draw(path: Path, captions: Sequence[str], dense: Tensor, four: Tensor, name: str) -> None:
+    """Writes the PNG. dense, four: pictures fp32 [B, 3, H, W] of 0..1. The differences share one gain."""
     from PIL import Image, ImageDraw
 
-    reference = to_rgb(latents[dense])
-    low, high = (reference.flatten().kthvalue(max(1, int(reference.numel() * q))).values for q in (0.01, 0.99))
-    pictures = {name: (to_rgb(latents[name]) - low) / (high - low) for name in (dense, *compared)}
-    worst = max(float((pictures[name] - pictures[dense]).abs().max()) for name in compared)
-    gain = max((g for g in GAINS if g * worst <= 1), default=1)
-    size = (3 * PANEL + 4 * MARGIN, len(compared) * (PANEL + LABEL) + (len(compared) + 1) * MARGIN)
-    sheet = Image.new("RGB", size, "white")
+    difference = four - dense
+    strong = float(difference.abs().flatten(1).quantile(0.995, 1).max())  # a few pixels at an edge may saturate
+    gain = max((g for g in GAINS if g * strong <= 1), default=1)
+    width, height = 3 * PANEL + 2 * GAP, LABEL + PANEL + MARGIN
+    rows = -(-len(captions) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * width + (COLUMNS + 2) * MARGIN, LABEL + rows * height + MARGIN), "white")
     text = ImageDraw.Draw(sheet)
-    for row, name in enumerate(compared):
-        top = MARGIN + row * (PANEL + LABEL + MARGIN)
-        difference = 0.5 + gain / 2 * (pictures[name] - pictures[dense])
-        panels = (
-            ("16 bit (dense bfloat16)", pictures[dense]),
-            (f"4 bit, compute {name}", pictures[name]),
-            (f"difference x {gain} (grey is none)", difference),
-        )
-        for column, (label, picture) in enumerate(panels):
-            left = MARGIN + column * (PANEL + MARGIN)
-            text.text((left, top + 6), label, fill="black", font_size=15)
-            sheet.paste(image(picture), (left, top + LABEL))
+    for i, caption in enumerate(captions):
+        left, top = MARGIN + i % COLUMNS * (width + 2 * MARGIN), LABEL + i // COLUMNS * height
+        for column, label in enumerate(("16 bit", name, f"difference x {gain}")):
+            if i < COLUMNS:
+                text.text((left + column * (PANEL + GAP), 4), label, fill="black", font_size=14)
+        text.text((left, top + 4), caption, fill="black", font_size=13)
+        for column, picture in enumerate((dense[i], four[i], 0.5 + gain / 2 * difference[i])):
+            sheet.paste(image(picture), (left + column * (PANEL + GAP), top + LABEL))
     part = path.with_name(path.name + ".part")
     sheet.save(part, format="PNG")
     part.replace(path)

@@ -20,6 +20,13 @@ FAMILIES: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
         "NunchakuTextEncoderLoader": ("NunchakuTextEncoderLoader", "Nunchaku Text Encoder Loader (Deprecated)", ("CLIP",)),
         "SVDQuantTextEncoderLoader": ("SVDQuantTextEncoderLoader", "SVDQuant Text Encoder Loader (old name)", ("CLIP",)),
     },
+    "quantize": {
+        "TonfaQuantizeFlux": ("TonfaQuantizeFlux", "Tonfa Quantize FLUX", ("MODEL",)),
+    },
+    "miniature": {
+        "TonfaMiniatureLoader": ("TonfaMiniatureLoader", "Tonfa Miniature FLUX", ("MODEL", "VAE")),
+        "TonfaMiniatureCaption": ("TonfaMiniatureCaption", "Tonfa Miniature Caption", ("CONDITIONING",)),
+    },
     "tools": {
         "NunchakuModelMerger": ("NunchakuModelMerger", "Nunchaku Model Merger", ("STRING",)),
         "MergeNunchakuModelFolderToSafetensor": ("MergeNunchakuModelFolderToSafetensor", "Nunchaku Model Merger (old name)", ("STRING",)),

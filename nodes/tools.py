@@ -169,11 +169,11 @@ def folders() -> list[str]:
     return model_folders()
 
 
-def file_name(save_name: object) -> str:
+def file_name(save_name: object, widget: str = "save_name") -> str:
     """The name of the file to write. Raises ValueError when there is none, or when it would lie in another folder."""
     name = str(save_name or "").strip()
     if not name:
-        raise ValueError("save_name is empty; give the name of the file to write, for example svdq-int4_r32-flux.1-dev.safetensors.")
+        raise ValueError(f"{widget} is empty; give the name of the file to write, for example svdq-int4_r32-flux.1-dev.safetensors.")
     if name in (".", "..") or any(c in name for c in '/\\:*?"<>|\0'):
-        raise ValueError(f"save_name is '{name}'; it must be a plain file name: the file is written beside the folder.")
+        raise ValueError(f"{widget} is '{name}'; it must be a plain file name, without folders.")
     return name if name.lower().endswith(EXTENSIONS) else f"{name}.safetensors"

@@ -127,6 +127,91 @@ def test_dequantize_does_not_name_its_temporary_file(capsys, monkeypatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+# -- quantize and compare ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """The dense model of the smallest 4-bit one with heads of 128."""
+    path = tmp_path / "dense.safetensors"
+    assert main(["dequantize", str(DATA / "mini_flux_int4_hd128.safetensors"), str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize("how", [[], ["--naive"], ["--calibrate", "--pixels", "32", "--steps", "1"], ["--size", "0.01"]])
+def test_quantize_writes_a_checkpoint_and_its_report(capsys, dense, tmp_path, how):
+    out = tmp_path / "out.safetensors"
+    assert main(["quantize", str(dense), str(out), "--device", "cpu", "--precision", "nvfp4", *how]) == 0
+    said = capsys.readouterr()
+    mode = {"--naive": "naive", "--calibrate": "calibrated"}.get(how[0] if how else "", "data-free")
+    assert f"nvfp4, {mode}: " in said.out and "worst: " in said.out and f"Wrote {out}" in said.out
+    assert json.loads((tmp_path / "out.report.json").read_text())["mode"] == mode
+    assert main(["inspect", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["precision"], facts["usable"], facts["warnings"]) == ("nvfp4", True, [])
+    assert {p.name for p in tmp_path.iterdir()} == {"dense.safetensors", "out.safetensors", "out.report.json", "out.report.png"}
+
+
+def test_quantize_says_what_remains(monkeypatch, capsys, dense, tmp_path):
+    real = tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **given: real(**{**given, "delay": 0, "mininterval": 0}))  # shown however quick it is
+    assert main(["quantize", str(dense), str(tmp_path / "out.safetensors"), "--calibrate", "--pixels", "32", "--steps", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "calibrating" in said and "quantising" in said and "layer/s" in said and "15/15" in said and "4/4" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rank", "20"], "the rank is 20, expected a multiple of 16"),
+        (["--gptq"], "gptq needs calibration"),
+        (["--naive", "--size", "7"], "no low-rank branch"),
+        (["--calibrate", "none.safetensors"], "There is no file none.safetensors"),
+        (["--calibrate", "--pixels", "100"], "a multiple of 16 pixels"),
+        (["--size", "0.0001"], "is too small"),
+    ],
+)
+def test_quantize_refuses_in_a_sentence(capsys, dense, tmp_path, arguments, words):
+    capsys.readouterr()
+    assert main(["quantize", str(dense), str(tmp_path / "out.safetensors"), "--device", "cpu", *arguments]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert {p.name for p in tmp_path.iterdir()} == {"dense.safetensors"}
+
+
+def test_quantize_refuses_what_is_4_bit_already(capsys, tmp_path):
+    assert main(["quantize", str(MINI), str(tmp_path / "out.safetensors")]) == 2
+    assert "4-bit already" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_quantize_stopped_says_that_it_goes_on(monkeypatch, capsys, dense, tmp_path):
+    from tonfa.models import quantize_flux
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize_flux, "svd_quantize", stop)
+        assert main(["quantize", str(dense), str(tmp_path / "out.safetensors"), "--naive"]) == 130
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+    assert (tmp_path / "out.safetensors.part").is_dir() and not (tmp_path / "out.safetensors").exists()
+    assert main(["quantize", str(dense), str(tmp_path / "out.safetensors"), "--naive"]) == 0
+    assert not (tmp_path / "out.safetensors.part").exists()
+
+
+def test_compare_for_people_and_programs(capsys, dense):
+    four = str(DATA / "mini_flux_int4_hd128.safetensors")
+    capsys.readouterr()
+    assert main(["compare", four, str(dense)]) == 0
+    said = capsys.readouterr().out
+    assert "(reference)" in said and "double qkv_proj" in said and "worst: " in said
+    assert main(["compare", four, str(dense), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["layers"]) == 15 and facts["mean_snr_db"] > 40  # the dense file is its bf16 rounding
+    assert main(["compare", str(dense), str(dense)]) == 2
+    assert "are both dense" in capsys.readouterr().err
+
+
 # -- without torch ----------------------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +225,10 @@ def test_doctor_reports_a_torch_that_cannot_be_imported(tmp_path, torch_file):
     assert facts["ok"] is False
 
 
-@pytest.mark.parametrize("arguments", [("inspect", MINI), ("dequantize", MINI, "out.safetensors"), ("demo", "--no-comfyui")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("inspect", MINI), ("dequantize", MINI, "out.safetensors"), ("quantize", MINI, "out.safetensors"), ("demo", "--no-comfyui")],
+)
 def test_other_commands_without_torch_are_one_sentence(tmp_path, arguments):
     broken_torch(tmp_path, "torch.py")
     done = command(*arguments, path=tmp_path, cwd=tmp_path)

@@ -17,6 +17,10 @@ KINDS = {  # node -> linked inputs | widgets | outputs
     "data_type COMBO, i2f_mode COMBO?, compute COMBO? | MODEL MODEL",
     "NunchakuFluxLoraLoader": "model MODEL | lora_name COMBO, lora_strength FLOAT | MODEL MODEL",
     "NunchakuTextEncoderLoaderV2": "| model_type COMBO, text_encoder1 COMBO, text_encoder2 COMBO, t5_min_length INT | CLIP CLIP",
+    "TonfaMiniatureLoader": "| | MODEL MODEL, VAE VAE",
+    "TonfaMiniatureCaption": "| caption STRING | CONDITIONING CONDITIONING",
+    "TonfaQuantizeFlux": "model MODEL, conditioning CONDITIONING? | filename STRING, precision COMBO, rank INT, mode COMBO, steps INT?, "
+    "width INT?, height INT?, calibration_seed INT?, size_gb FLOAT?, gptq BOOLEAN? | MODEL MODEL",
     "Canny": "image IMAGE | low_threshold FLOAT, high_threshold FLOAT | IMAGE IMAGE",
     "CLIPTextEncode": "clip CLIP | text STRING | CONDITIONING CONDITIONING",
     "CLIPVisionEncode": "clip_vision CLIP_VISION, image IMAGE | crop COMBO | CLIP_VISION_OUTPUT CLIP_VISION_OUTPUT",
@@ -52,7 +56,7 @@ KINDS = {  # node -> linked inputs | widgets | outputs
     "MarkdownNote": "| |",
 }
 WIDTHS = {"MarkdownNote": 480, "SaveImage": 400, "CLIPTextEncode": 380, "NunchakuFluxDiTLoader": 400}  # the others: 320
-EXTRA = {"CLIPTextEncode": 110, "SaveImage": 400, "PreviewImage": 240, "LoadImage": 260}  # height beyond slots and widgets
+EXTRA = {"CLIPTextEncode": 110, "TonfaMiniatureCaption": 130, "SaveImage": 400, "PreviewImage": 240, "LoadImage": 260}  # height beyond slots and widgets
 SVDQ = "svdq-int4_r32-flux.1-{}.safetensors"
 CLIP_L, T5, T5_4BIT, AE = "clip_l.safetensors", "t5xxl_fp16.safetensors", "awq-int4-flux.1-t5xxl.safetensors", "ae.safetensors"
 UNION, REDUX, SIGCLIP = "controlnet-union-pro-2.0.safetensors", "flux1-redux-dev.safetensors", "sigclip_vision_patch14_384.safetensors"
@@ -127,7 +131,7 @@ class Graph:
             folder, repository, there = SOURCES[name]
             comes = f"[{repository}](https://huggingface.co/{repository})" + (f", there called `{there}`" if there else "")
             lines.append(f"- `{name}` in `models/{folder}`: {comes}")
-        lines += ["", more, "", OF_EVERY_FILE.format(files[0])]
+        lines = [*lines, "", more, "", OF_EVERY_FILE.format(files[0])] if files else [lines[0], more]
         self.add("MarkdownNote", "\n".join(lines), title="Files", height=420)
 
     def saved(self, stem: str) -> dict:
@@ -318,7 +322,36 @@ def eight_gb(g: Graph, stem: str) -> None:
     text_to_image(g, stem, clip4=True, offload="enable", tiled=True)
 
 
+def miniature(g: Graph, stem: str) -> None:
+    more = "Nothing to download: the miniature comes with the pack. *Tonfa Quantize FLUX* samples the captions on the left, writes "
+    more += "`models/diffusion_models/tonfa-miniature-int4.safetensors` and a report of every layer beside it; then both models draw the same "
+    more += "scene from the same noise. For a model of your own: any FLUX.1 MODEL in place of the miniature, your prompts through "
+    more += "*CLIP Text Encode* and *Conditioning (Combine)*, 1024 x 1024."
+    g.note("Quantise a FLUX, and see what 4 bits do", more=more)
+    g.column()
+    model, vae = g.add("TonfaMiniatureLoader")
+    seen = g.add("TonfaMiniatureCaption", "\n".join(CALIBRATING), title="Captions to calibrate with")
+    said = g.add("TonfaMiniatureCaption", "large red striped circle left of medium blue star on green", title="Caption")
+    g.column()
+    four = g.add("TonfaQuantizeFlux", "tonfa-miniature-int4", "int4", 32, "calibrated", 8, 128, 128, 0, 0.0, False, model=model, conditioning=seen)
+    latent = g.add("EmptySD3LatentImage", 128, 128, 1)
+    g.column()
+    for name, which in (("16-bit", model), ("4-bit", four)):
+        wires = {"model": which, "positive": said, "negative": said, "latent_image": latent}
+        samples = g.add("KSampler", 7, "fixed", 20, 1.0, "euler", "simple", 1.0, title=f"Sampler, {name}", **wires)
+        g.add("SaveImage", f"{stem}-{name}", title=name, images=g.add("VAEDecode", samples=samples, vae=vae))
+
+
+CALIBRATING = (
+    "large green dotted circle on red",
+    "medium yellow striped star top left on purple",
+    "small blue 5 right of large green plain ring on orange",
+    "large pink shaded triangle below red cross on blue",
+    "purple 8 left and large cyan dotted square right on black",
+    "large orange plain cross bottom on white",
+)
 GRAPHS = {
+    "tonfa-miniature": miniature,
     "tonfa-flux.1-dev": dev,
     "tonfa-flux.1-schnell": schnell,
     "tonfa-flux.1-dev-lora": lora,

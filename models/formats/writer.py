@@ -5,7 +5,7 @@ Files appear under their name only when complete. Layers are packed one at a tim
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from .flux_names import FluxDims, LayerSpec
 from .quantize import quantize_linear, quantize_modulation, scale_chunk_one
 from .tensorfile import Slot, stream_save
 
-__all__ = ["file_metadata", "pack_layer", "quantize_linear", "quantize_modulation", "write_flux", "write_layers"]
+__all__ = ["file_metadata", "pack_layer", "plain_slots", "quantize_linear", "quantize_modulation", "write_flux", "write_layers"]
 
 
 def dims_of(config: Mapping) -> FluxDims:
@@ -110,21 +110,36 @@ def write_layers(path: str | os.PathLike, config: Mapping, layer: Callable[[str]
     Memory: one layer besides the packed file content, which is gathered first because a layer may have its own rank and top scale.
     """
     d = dims_of(config)
-    specs, plains = flux_names.layer_specs(d), flux_names.plain_specs(d)
+    specs, plains = flux_names.layer_specs(d), list(plain_slots(config, plain, dtype))
     tensors: dict[str, Tensor] = {}
     for i, (prefix, spec) in enumerate(specs.items()):
         tensors |= {f"{prefix}.{suffix}": t.cpu() for suffix, t in _packed(layer(prefix), prefix, spec).items()}
         if progress:
             progress(i + 1, len(specs) + len(plains))
-    for i, (native, v1, shape) in enumerate(plains):
-        t = plain(native).to("cpu", dtype)
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{native} has shape {list(t.shape)}, expected {list(shape)}")
-        tensors[v1] = torch.cat(t.chunk(2)[::-1]) if native.startswith("final_layer.adaLN_modulation.1.") else t
+    for i, slot in enumerate(plains):
+        tensors[slot.key] = slot.make()
         if progress:
             progress(len(specs) + i + 1, len(specs) + len(plains))
     slots = [Slot(k, t.dtype, tuple(t.shape), partial(tensors.get, k)) for k, t in tensors.items()]
     stream_save(path, slots, file_metadata(config, precision, rank, model_class))
+
+
+def plain_slots(config: Mapping, plain: Callable[[str], Tensor], dtype: torch.dtype = torch.bfloat16) -> Iterator[Slot]:
+    """Everything that the format leaves alone, in `dtype`, as it is written. plain: see write_layers; called when a slot's turn comes.
+
+    A slot raises ValueError when its tensor has another shape than it should, or does not fit into `dtype`.
+    """
+    for native, v1, shape in flux_names.plain_specs(dims_of(config)):
+        yield Slot(v1, dtype, shape, partial(_plain, native, shape, plain, dtype))
+
+
+def _plain(native: str, shape: tuple[int, ...], plain: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+    t = plain(native).to("cpu", dtype)
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{native} has shape {list(t.shape)}, expected {list(shape)}")
+    if dtype == torch.float16 and not torch.isfinite(t).all():
+        raise ValueError(f"{native} has values beyond float16's range: write the file in bfloat16")
+    return torch.cat(t.chunk(2)[::-1]) if native.startswith("final_layer.adaLN_modulation.1.") else t
 
 
 def _packed(layer: LogicalLinear, prefix: str, spec: LayerSpec) -> dict[str, Tensor]:

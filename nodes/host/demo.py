@@ -1,4 +1,4 @@
-"""The demo's half inside ComfyUI, in a process of its own: the loader node and the host's sampler, on the checkpoint that the demo made."""
+"""The demo's half inside ComfyUI, in a process of its own: a graph for each run, through the host's executor."""
 
 from __future__ import annotations
 
@@ -6,36 +6,51 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from ...models.demo import FILE, GUIDANCE, RUNS, STEPS, Run, weight_bytes, write_run
-from ...models.dequantize import dequantize
+from ...models.demo import CAPTIONS, DENSE, FILE, RUNS, SEED, STEPS, Run, weight_bytes, write_run
+from ...models.miniature import SIZE
+from ..miniature import TonfaMiniatureCaption
+
+
+class TonfaDemoKeep:
+    """The output that the demo's graphs are run for."""
+
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "keep", True, "Nunchaku"
+    kept: dict[str, object] = {}  # noqa: RUF012  (one demo a process)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:  # noqa: N802 (the host's name)
+        anything = {name: (name.upper(),) for name in ("model", "latent", "image")}
+        return {"required": {"key": ("STRING", {})}, "optional": anything}
+
+    def keep(self, key: str, **values: object) -> dict:
+        self.kept[key] = next(iter(values.values()))
+        return {}
+
+
+class TonfaDemoBatch(TonfaMiniatureCaption):
+    """The lines of a caption as one batch, a picture each."""
+
+    def encode(self, caption: str) -> tuple:
+        (entries,) = super().encode(caption)
+        context, pooled = (torch.cat(parts) for parts in zip(*((c, more["pooled_output"]) for c, more in entries), strict=True))
+        return ([[context, {"pooled_output": pooled}]],)
 
 
 def work(job: Path) -> None:
-    """Reads the job (host folder, checkpoint, inputs, results), samples every run and writes it into the results folder."""
+    """Reads the job (host folder, checkpoint, results), draws every run and writes it into the results folder."""
     task = json.loads(job.read_text())
     start_host(Path(task["host"]))
     import folder_paths
     from tqdm import tqdm
 
-    checkpoint, results = Path(task["checkpoint"]), Path(task["results"])
-    folder_paths.add_model_folder_path("diffusion_models", str(checkpoint.parent))
-    material = load_file(task["inputs"])
-    dense = checkpoint.with_name("dense.safetensors")
-    dequantize(checkpoint, dense)
-    for name in tqdm(RUNS, desc="sampling", unit="run"):
-        model = (
-            load_dense(dense, checkpoint, torch.float32 if name.endswith("32") else torch.bfloat16) if "dense" in name else load_node(name)
-        )
-        started = time.perf_counter()
-        latent = sample(model, material)
-        seconds = time.perf_counter() - started
-        dtype = str(model.model.get_dtype()).removeprefix("torch.")
-        write_run(results, Run(name, dtype, weight_bytes(model.model.diffusion_model), seconds, latent))
+    folder_paths.add_model_folder_path("diffusion_models", str(Path(task["checkpoint"]).parent))
+    host = executor()
+    for name in tqdm(RUNS, desc="drawing", unit="run"):
+        write_run(Path(task["results"]), drawn(host, name))
 
 
 def start_host(host: Path) -> None:
@@ -48,48 +63,54 @@ def start_host(host: Path) -> None:
     import comfy.model_management  # noqa: F401  (reads the arguments)
 
 
-def load_node(compute: str):
-    """The MODEL that the node gives for the demo's file."""
-    from ..flux import NunchakuFluxDiTLoader
+def executor() -> object:
+    """The host's, with our nodes."""
+    import execution
 
-    node = NunchakuFluxDiTLoader()
-    with torch.inference_mode():
-        return getattr(node, node.FUNCTION)(model_path=FILE, data_type="bfloat16", compute=compute)[0]
+    import nodes
 
+    from .. import NODE_CLASS_MAPPINGS
 
-def load_dense(path: Path, checkpoint: Path, dtype: torch.dtype):
-    """The dequantised file in the host's own Flux, step by step: the stock loader's detection knows real FLUX sizes only."""
-    import comfy.model_base
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    from ...models.formats.checkpoint import open_checkpoint
-    from .shell import unet_config
-
-    opened = open_checkpoint(checkpoint)
-    config = comfy.supported_models.Flux(unet_config(opened))
-    opened.close()
-    config.set_inference_dtype(dtype, None)
-    device = comfy.model_management.get_torch_device()
-    offload = comfy.model_management.unet_offload_device()
-    model = comfy.model_base.Flux(config, device=offload)
-    # q/k norm parameters are called `scale` in files and in older hosts, `weight` in newer ones.
-    ours = model.diffusion_model.state_dict()
-    state = load_file(path)
-    state = {name if name in ours else name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in state.items()}
-    model.diffusion_model.load_state_dict(state)
-    model.diffusion_model.eval()
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    nodes.NODE_CLASS_MAPPINGS |= {**NODE_CLASS_MAPPINGS, "TonfaDemoKeep": TonfaDemoKeep, "TonfaDemoBatch": TonfaDemoBatch}
+    silent = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *a, **k: None, queue_updated=lambda: None)
+    return execution.PromptExecutor(silent)
 
 
-def sample(model, material: dict[str, Tensor]) -> Tensor:
-    """What KSampler calls: Euler, simple schedule, no CFG. Returns the latent, fp32 on the CPU."""
-    import comfy.sample
+def drawn(host: object, name: str) -> Run:
+    """One run: the model first, then the sampling, which is timed, then the decoding; the executor keeps what is done."""
+    kept, everything = TonfaDemoKeep.kept, graph(name)
+    execute(host, everything, ["kept_model"])
+    started = time.perf_counter()
+    execute(host, everything, ["kept_latent"])
+    seconds = (time.perf_counter() - started) / (STEPS * len(CAPTIONS))
+    execute(host, everything, ["kept_image"])
+    pictures, model = kept["image"].permute(0, 3, 1, 2).float().cpu(), kept["model"].model
+    computes = str(model.manual_cast_dtype or model.get_dtype()).removeprefix("torch.")
+    return Run(name, computes, weight_bytes(model.diffusion_model), seconds, pictures)
 
-    conditioning = [[material["context"], {"pooled_output": material["pooled"], "guidance": GUIDANCE}]]
-    latent = torch.zeros_like(material["noise"])
-    with torch.inference_mode():
-        latent = comfy.sample.fix_empty_latent_channels(model, latent)
-        arguments = (STEPS, 1.0, "euler", "simple", conditioning, conditioning, latent)
-        return comfy.sample.sample(model, material["noise"], *arguments, denoise=1.0, disable_pbar=True, seed=0).float().cpu()
+
+def execute(host: object, prompt: dict, outputs: list[str]) -> None:
+    host.execute(prompt, "demo", {}, outputs)
+    if not host.success:
+        raise SystemExit(f"the demo's graph failed in ComfyUI: {host.status_messages[-1]}")
+
+
+def graph(name: str) -> dict:
+    """What a user would wire: loader, captions, sampler, VAE."""
+    four = {"model_path": FILE, "cache_threshold": 0, "attention": "nunchaku-fp16", "cpu_offload": "auto", "device_id": 0,
+            "data_type": "bfloat16", "compute": name}  # fmt: skip
+    model = ["miniature", 0] if name == DENSE else ["four", 0]
+    wires = {"model": model, "positive": ["captions", 0], "negative": ["captions", 0], "latent_image": ["empty", 0]}
+    sampler = {"seed": SEED, "steps": STEPS, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    nodes = {
+        "miniature": ("TonfaMiniatureLoader", {}),
+        "four": ("NunchakuFluxDiTLoader", four),
+        "captions": ("TonfaDemoBatch", {"caption": "\n".join(CAPTIONS)}),
+        "empty": ("EmptyLatentImage", {"width": SIZE, "height": SIZE, "batch_size": len(CAPTIONS)}),
+        "sampler": ("KSampler", {**sampler, **wires}),
+        "decoder": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["miniature", 1]}),
+        "kept_model": ("TonfaDemoKeep", {"key": "model", "model": model}),
+        "kept_latent": ("TonfaDemoKeep", {"key": "latent", "latent": ["sampler", 0]}),
+        "kept_image": ("TonfaDemoKeep", {"key": "image", "image": ["decoder", 0]}),
+    }
+    return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import comfy.ldm.flux.layers
@@ -108,10 +108,10 @@ def outside_blocks(checkpoint: FluxCheckpoint) -> dict[str, torch.Tensor]:
     return {name: t for name, t in checkpoint.plain_tensors() if not name.startswith(("double_blocks.", "single_blocks."))}
 
 
-def unet_config(checkpoint: FluxCheckpoint) -> dict:
-    """The checkpoint's configuration as this host's FluxParams takes it: no field unknown to it, none missing that newer hosts ask for."""
+def unet_config(found: Mapping) -> dict:
+    """A checkpoint's configuration as this host's FluxParams takes it: no field unknown to it, none missing that newer hosts ask for."""
     known = comfy.ldm.flux.model.FluxParams.__dataclass_fields__
-    config = {"image_model": "flux", **{k: v for k, v in checkpoint.config.items() if k in known}}
+    config = {"image_model": "flux", **{k: v for k, v in found.items() if k in known}}
     if "txt_ids_dims" in known:
         config.setdefault("txt_ids_dims", [])
     return config
@@ -144,7 +144,7 @@ def load_flux(path: str, where: Placement, disable_dynamic: bool = False, comput
         )
     dtype = fitting(where.dtype, checkpoint, where.load)
     schnell = checkpoint.model_class == "FluxSchnell"
-    config = (comfy.supported_models.FluxSchnell if schnell else comfy.supported_models.Flux)(unet_config(checkpoint))
+    config = (comfy.supported_models.FluxSchnell if schnell else comfy.supported_models.Flux)(unet_config(checkpoint.config))
     config.set_inference_dtype(dtype, None)
     model_type = comfy.model_base.ModelType.FLOW if schnell else comfy.model_base.ModelType.FLUX
     if where.load.type == "cuda":

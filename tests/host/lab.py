@@ -91,7 +91,7 @@ def twin(path: Path, dtype: torch.dtype = torch.float32) -> comfy.model_patcher.
     """The same weights, dense, in the host's own FLUX under its own patcher."""
     checkpoint = open_checkpoint(path)
     schnell = checkpoint.model_class == "FluxSchnell"
-    config = (comfy.supported_models.FluxSchnell if schnell else comfy.supported_models.Flux)(unet_config(checkpoint))
+    config = (comfy.supported_models.FluxSchnell if schnell else comfy.supported_models.Flux)(unet_config(checkpoint.config))
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device=CPU)
     with torch.inference_mode():

@@ -22,6 +22,9 @@ INPUTS = {
     "NunchakuFluxLoraStack": ["model", *(f"lora_{what}_{i}" for i in range(1, 16) for what in ("name", "strength"))],
     "NunchakuTextEncoderLoaderV2": ["model_type", "text_encoder1", "text_encoder2", "t5_min_length"],
     "NunchakuTextEncoderLoader": ["model_type", "text_encoder1", "text_encoder2", "t5_min_length", "use_4bit_t5", "int4_model"],
+    "TonfaQuantizeFlux": [
+        "model", "filename", "precision", "rank", "mode", "conditioning", "steps", "width", "height", "calibration_seed", "size_gb", "gptq",
+    ],
     "NunchakuModelMerger": ["model_folder", "save_name"],
     "NunchakuWheelInstaller": ["version", "dev_version", "mode"],
     "NunchakuDepthPreprocessor": ["image", "model_path"],
@@ -36,7 +39,7 @@ ALIASES = {
 KINDS = {"TextEncoder": "CLIP", "Depth": "IMAGE", "Merge": "STRING", "Installer": "STRING"}
 OUTPUTS = {key: (next((kind for part, kind in KINDS.items() if part in key), "MODEL"),) for key in (*INPUTS, *ALIASES)}
 DEPRECATED = {"NunchakuTextEncoderLoader", "NunchakuDepthPreprocessor", *ALIASES}
-LINKED = ("model", "image")  # inputs without a widget: the host has no list to check them against
+LINKED = ("model", "image", "conditioning")  # inputs without a widget: the host has no list to check them against
 
 
 def run(code: str) -> str:
@@ -51,6 +54,7 @@ def run(code: str) -> str:
         "tonfa.models",
         "tonfa.nodes.flux",
         "tonfa.nodes.lora",
+        "tonfa.nodes.quantize",
         "tonfa.nodes.text_encoder",
         "tonfa.nodes.tools",
         "tonfa.nodes.host.files",

@@ -68,7 +68,7 @@ def test_a_graph_holds_together(path):
 def test_our_nodes_values_fit_their_inputs(path, no_files):
     """They are saved by position; what a node got since then goes behind them."""
     nodes = our_nodes(path)
-    assert "NunchakuFluxDiTLoader" in {node["type"] for node in nodes}
+    assert {"NunchakuFluxDiTLoader", "TonfaQuantizeFlux"} & {node["type"] for node in nodes}
     for node in nodes:
         groups = tonfa.NODE_CLASS_MAPPINGS[node["type"]].INPUT_TYPES()
         inputs = {**groups["required"], **groups.get("optional", {})}
