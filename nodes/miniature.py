@@ -23,6 +23,10 @@ class TonfaMiniatureLoader:
     def INPUT_TYPES(cls) -> dict:  # noqa: N802 (the host's name)
         return {"required": {}}
 
+    @classmethod
+    def VALIDATE_INPUTS(cls) -> bool:  # noqa: N802
+        return True
+
     def load(self) -> tuple:
         """(MODEL, VAE). CheckpointError when a file of the miniature is missing."""
         from .host.miniature import autoencoder, model
@@ -47,7 +51,11 @@ class TonfaMiniatureCaption:
     def INPUT_TYPES(cls) -> dict:  # noqa: N802
         return {"required": {"caption": ("STRING", {"default": CAPTION, "multiline": True, "tooltip": TOOLTIPS["caption"]})}}
 
-    def encode(self, caption: str) -> tuple:
+    @classmethod
+    def VALIDATE_INPUTS(cls, caption=None) -> bool:  # noqa: N802
+        return True
+
+    def encode(self, caption: str = CAPTION) -> tuple:
         """(CONDITIONING,), one entry for each line. ValueError names unknown words."""
         from ..models.miniature import CAPTIONS, FOLDER, load_captions
 

@@ -336,10 +336,14 @@ def miniature(g: Graph, stem: str) -> None:
     four = g.add("TonfaQuantizeFlux", "tonfa-miniature-int4", "int4", 32, "calibrated", 8, 128, 128, 0, 0.0, False, model=model, conditioning=seen)
     latent = g.add("EmptySD3LatentImage", 128, 128, 1)
     g.column()
-    for name, which in (("16-bit", model), ("4-bit", four)):
+    both = {"16-bit": model, "4-bit": four}
+    for name, which in both.items():
         wires = {"model": which, "positive": said, "negative": said, "latent_image": latent}
-        samples = g.add("KSampler", 7, "fixed", 20, 1.0, "euler", "simple", 1.0, title=f"Sampler, {name}", **wires)
-        g.add("SaveImage", f"{stem}-{name}", title=name, images=g.add("VAEDecode", samples=samples, vae=vae))
+        both[name] = g.add("KSampler", 7, "fixed", 20, 1.0, "euler", "simple", 1.0, title=f"Sampler, {name}", **wires)
+    both = {name: g.add("VAEDecode", samples=samples, vae=vae) for name, samples in both.items()}
+    g.column()
+    for name, images in both.items():
+        g.add("SaveImage", f"{stem}-{name}", title=name, height=300, images=images)
 
 
 CALIBRATING = (

@@ -25,6 +25,8 @@ INPUTS = {
     "TonfaQuantizeFlux": [
         "model", "filename", "precision", "rank", "mode", "conditioning", "steps", "width", "height", "calibration_seed", "size_gb", "gptq",
     ],
+    "TonfaMiniatureLoader": [],
+    "TonfaMiniatureCaption": ["caption"],
     "NunchakuModelMerger": ["model_folder", "save_name"],
     "NunchakuWheelInstaller": ["version", "dev_version", "mode"],
     "NunchakuDepthPreprocessor": ["image", "model_path"],
@@ -38,6 +40,7 @@ ALIASES = {
 }
 KINDS = {"TextEncoder": "CLIP", "Depth": "IMAGE", "Merge": "STRING", "Installer": "STRING"}
 OUTPUTS = {key: (next((kind for part, kind in KINDS.items() if part in key), "MODEL"),) for key in (*INPUTS, *ALIASES)}
+OUTPUTS |= {"TonfaMiniatureLoader": ("MODEL", "VAE"), "TonfaMiniatureCaption": ("CONDITIONING",)}
 DEPRECATED = {"NunchakuTextEncoderLoader", "NunchakuDepthPreprocessor", *ALIASES}
 LINKED = ("model", "image", "conditioning")  # inputs without a widget: the host has no list to check them against
 
@@ -54,6 +57,7 @@ def run(code: str) -> str:
         "tonfa.models",
         "tonfa.nodes.flux",
         "tonfa.nodes.lora",
+        "tonfa.nodes.miniature",
         "tonfa.nodes.quantize",
         "tonfa.nodes.text_encoder",
         "tonfa.nodes.tools",
@@ -148,8 +152,8 @@ def test_translations_name_every_input(language):
         assert names[key]["display_name"] and names[key]["description"]
         assert list(names[key]["inputs"]) == INPUTS[ALIASES.get(key, key)]
         assert all(entry["name"] and entry.get("tooltip") != "" for entry in names[key]["inputs"].values())
-        output = getattr(tonfa.NODE_CLASS_MAPPINGS[key], "RETURN_NAMES", OUTPUTS[key])[0]
-        assert [(slot, entry["name"]) for slot, entry in names[key]["outputs"].items()] == [("0", output)]
+        outputs = getattr(tonfa.NODE_CLASS_MAPPINGS[key], "RETURN_NAMES", OUTPUTS[key])
+        assert {slot: entry["name"] for slot, entry in names[key]["outputs"].items()} == {str(i): name for i, name in enumerate(outputs)}
         if "TextEncoder" in key:
             assert all(entry["tooltip"] for entry in names[key]["inputs"].values())
 
