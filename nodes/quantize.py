@@ -110,7 +110,7 @@ TOOLTIPS = {
         "It is not changed."
     ),
     "filename": "Name of the file in models/diffusion_models; .safetensors is added. A file of another model is not written over.",
-    "precision": "int4 runs on any GPU; nvfp4 is closer to the 16-bit model, and fastest on NVIDIA's RTX 50 and newer.",
+    "precision": "Both run on any GPU. int4 is faster; nvfp4 is closer to the 16-bit model.",
     "rank": "Of the 16-bit branch beside the 4-bit weights: more is closer to the 16-bit model, larger and slower. 32 is usual.",
     "mode": (
         "calibrated: pictures are sampled first, and every layer is fitted to what it sees in them; needs conditioning. "

@@ -56,7 +56,9 @@ KINDS = {  # node -> linked inputs | widgets | outputs
     "MarkdownNote": "| |",
 }
 WIDTHS = {"MarkdownNote": 480, "SaveImage": 400, "CLIPTextEncode": 380, "NunchakuFluxDiTLoader": 400}  # the others: 320
-EXTRA = {"CLIPTextEncode": 110, "TonfaMiniatureCaption": 130, "SaveImage": 400, "PreviewImage": 240, "LoadImage": 260}  # height beyond slots and widgets
+EXTRA = {  # height beyond slots and widgets
+    "CLIPTextEncode": 110, "TonfaMiniatureCaption": 190, "SaveImage": 400, "PreviewImage": 240, "LoadImage": 260,
+}  # fmt: skip
 SVDQ = "svdq-int4_r32-flux.1-{}.safetensors"
 CLIP_L, T5, T5_4BIT, AE = "clip_l.safetensors", "t5xxl_fp16.safetensors", "awq-int4-flux.1-t5xxl.safetensors", "ae.safetensors"
 UNION, REDUX, SIGCLIP = "controlnet-union-pro-2.0.safetensors", "flux1-redux-dev.safetensors", "sigclip_vision_patch14_384.safetensors"
@@ -324,8 +326,8 @@ def eight_gb(g: Graph, stem: str) -> None:
 
 def miniature(g: Graph, stem: str) -> None:
     more = "Nothing to download: the miniature comes with the pack. *Tonfa Quantize FLUX* samples the captions on the left, writes "
-    more += "`models/diffusion_models/tonfa-miniature-int4.safetensors` and a report of every layer beside it; then both models draw the same "
-    more += "scene from the same noise. For a model of your own: any FLUX.1 MODEL in place of the miniature, your prompts through "
+    more += "`models/diffusion_models/tonfa-miniature-int4.safetensors` and a report of every layer beside it; then both models draw the "
+    more += "same scene from the same noise. For a model of your own: any FLUX.1 MODEL in place of the miniature, your prompts through "
     more += "*CLIP Text Encode* and *Conditioning (Combine)*, 1024 x 1024."
     g.note("Quantise a FLUX, and see what 4 bits do", more=more)
     g.column()
@@ -333,7 +335,8 @@ def miniature(g: Graph, stem: str) -> None:
     seen = g.add("TonfaMiniatureCaption", "\n".join(CALIBRATING), title="Captions to calibrate with")
     said = g.add("TonfaMiniatureCaption", "large red striped circle left of medium blue star on green", title="Caption")
     g.column()
-    four = g.add("TonfaQuantizeFlux", "tonfa-miniature-int4", "int4", 32, "calibrated", 8, 128, 128, 0, 0.0, False, model=model, conditioning=seen)
+    settings = ("tonfa-miniature-int4", "int4", 32, "calibrated", 8, 128, 128, 0, 0.0, False)
+    four = g.add("TonfaQuantizeFlux", *settings, model=model, conditioning=seen)
     latent = g.add("EmptySD3LatentImage", 128, 128, 1)
     g.column()
     both = {"16-bit": model, "4-bit": four}
@@ -353,6 +356,12 @@ CALIBRATING = (
     "large pink shaded triangle below red cross on blue",
     "purple 8 left and large cyan dotted square right on black",
     "large orange plain cross bottom on white",
+    "medium red striped ring above small green star on yellow",
+    "large blue 2 centre on pink",
+    "yellow triangle left of large purple striped circle on green",
+    "small cyan shaded square bottom right on orange",
+    "large purple 6 above medium red dotted cross on cyan",
+    "medium orange star right on black",
 )
 GRAPHS = {
     "tonfa-miniature": miniature,

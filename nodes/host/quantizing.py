@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 ROWS = 512  # of each layer's inputs that are kept
 FOLDER = "diffusion_models"
+FEW = 8  # prompts, below which calibration fits what is special about them
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ def checked_prompts(conditioning: list | None, config: dict) -> list:
                 f"{config['context_in_dim']} and {config['vec_in_dim']}. Encode the prompts with FLUX's text encoders (DualCLIPLoader, "
                 "type flux)."
             )
+    if sum(len(context) for context, _ in conditioning) < FEW:
+        log.warning(
+            "Calibrating with fewer than %d prompts: layers are fitted to what is special about them, and data-free is often better. "
+            "Connect a dozen different ones.", FEW,
+        )  # fmt: skip
     return conditioning
 
 

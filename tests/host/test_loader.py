@@ -213,9 +213,11 @@ def test_a_missing_device_and_unknown_words_fall_back_with_a_line_each(caplog):
         NunchakuFluxDiTLoader(), device_id=3, data_type="float8", compute="turbo", i2f_mode="never", attention="x", cpu_offload="y"
     )
     said = lines(caplog)
-    assert len(said) == 5
+    assert len(said) == 6
     assert "no device 3" in said[0] and "'float8' is not known" in said[1] and "compute 'turbo' is not known" in said[2]
-    assert "attention 'x' is not known" in said[3] and "cpu_offload 'y' is not known" in said[4]
+    assert (
+        "attention 'x' is not known" in said[3] and "i2f_mode 'never' is not known" in said[4] and "cpu_offload 'y' is not known" in said[5]
+    )
     assert model.load_device == CPU
 
 

@@ -64,7 +64,8 @@ def test_the_demos_half_in_the_host(miniature, monkeypatch, tmp_path):
 
     with closing(open_dense(miniature.flux)) as source:
         quantize_flux(source, tmp_path / demo.FILE, Options(mode="naive"))
-    folder_paths.add_model_folder_path("diffusion_models", str(tmp_path))
+    there, kinds = folder_paths.folder_names_and_paths["diffusion_models"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([*there, str(tmp_path)], kinds))
     monkeypatch.setattr(inside, "CAPTIONS", demo.CAPTIONS[:2])
     monkeypatch.setattr(inside, "STEPS", 2)
     monkeypatch.setattr(nodes, "NODE_CLASS_MAPPINGS", dict(nodes.NODE_CLASS_MAPPINGS))

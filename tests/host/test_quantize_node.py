@@ -87,12 +87,22 @@ def exact(model):
 
 @pytest.fixture
 def folder(base):
-    """The host's diffusion_models folder, emptied after the test."""
+    """The host's diffusion_models folder, empty before and after the test."""
     path = Path(base) / "models" / "diffusion_models"
+
+    def empty() -> None:
+        for inner in sorted(path.rglob("*"), reverse=True):
+            inner.rmdir() if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+
+    empty()
     yield path
     unload()
-    for inner in sorted(path.rglob("*"), reverse=True):
-        inner.rmdir() if inner.is_dir() else inner.unlink()
+    empty()
+
+
+def listed(folder: Path) -> list[str]:
+    """What the host lists of that folder; other tests may have added folders of their own."""
+    return sorted(name for name in folder_paths.get_filename_list("diffusion_models") if (folder / name).is_file())
 
 
 @pytest.fixture
@@ -124,8 +134,7 @@ def test_both_modes_make_a_file_that_samples_like_the_dense_model(precision, fol
         assert facts["mode"] == mode and facts["measured"] == ("output" if mode == "calibrated" else "weight")
     assert torch.equal(sample(model), before)
     assert found["calibrated"] > found["data-free"] + 3 and found["calibrated"] > 18, found
-    names = folder_paths.get_filename_list("diffusion_models")
-    assert sorted(names) == ["calibrated.safetensors", "data-free.safetensors"]
+    assert listed(folder) == ["calibrated.safetensors", "data-free.safetensors"]
 
 
 def test_ranks_under_a_size_and_gptq(folder, quick):
@@ -361,7 +370,7 @@ def test_cancel_leaves_no_file_and_the_next_run_goes_on(folder, monkeypatch, qui
             cancelled_at(m, words, done)
             run(model, "out", **job)
         assert [p.name for p in folder.iterdir() if p.name.startswith("out")] == ["out.safetensors.part"]
-        assert folder_paths.get_filename_list("diffusion_models") == ["straight.safetensors"]
+        assert listed(folder) == ["straight.safetensors"]
         assert hooks(model) == 0 and torch.equal(sample(model), wanted)
     kept = len(list((folder / "out.safetensors.part").glob("0*")))
     assert 3 <= kept < LINEARS
@@ -445,6 +454,15 @@ def test_what_is_not_in_weights_is_said(folder, caplog):
     with caplog.at_level(logging.WARNING, logger="tonfa"):
         open_model(model)
     assert "they are not in the file" in caplog.text
+
+
+def test_few_prompts_are_warned_of(caplog):
+    config = open_model(dense()).config
+    with caplog.at_level(logging.WARNING, logger="tonfa"):
+        assert len(quantizing.checked_prompts(prompts(8), config)) == 8
+        assert "fewer than 8 prompts" not in caplog.text
+        quantizing.checked_prompts(prompts(7), config)
+    assert caplog.text.count("fewer than 8 prompts") == 1
 
 
 # -- a real server -----------------------------------------------------------------------------------------------------------------------
