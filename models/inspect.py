@@ -3,8 +3,8 @@
 import os
 from collections import Counter
 
-from .formats.checkpoint import FluxCheckpoint, open_checkpoint, read_files, refusal
-from .formats.identify import identify
+from .formats.checkpoint import PackedCheckpoint, open_packed, read_files, refusal
+from .formats.identify import ABSENT, Kind, identify
 from .formats.tensorfile import CheckpointError, Entry
 
 _SUFFIX_KINDS = {
@@ -18,16 +18,24 @@ _SUFFIX_KINDS = {
     "lora_down": "low rank",
     "lora_up": "low rank",
 }
-_FULL_DEPTH = (19, 38)
+_FULL_DEPTH = {"flux": (19, 38), "qwen-image": (60,), "z-image": (30, 2, 2)}
+_TITLES = {"flux": "FLUX.1", "qwen-image": "Qwen-Image", "z-image": "Z-Image"}
 _MODELS = {16: "FLUX.1 (text to image or Kontext)", 32: "FLUX.1 Canny or Depth (control image)", 96: "FLUX.1 Fill (inpainting)"}
+
+_QWEN = {
+    None: "Qwen-Image or Qwen-Image-Edit",
+    "index_timestep_zero": "Qwen-Image-Edit (index_timestep_zero, as 2511)",
+    "negative_index": "Qwen-Image-Layered",
+}
 
 
 def inspect(path: str | os.PathLike) -> dict:
     """What `path` (file or legacy folder) is, as plain JSON values. Reads headers only; never raises for what the file contains.
 
-    Always: path, family, usable (the FLUX loader takes it), sentence, files, tensors, bytes, warnings. For FLUX also: model, precision,
-    rank, ranks, layers, config, model_class, bytes_by_kind, names, metadata. A file that is no safetensors, or is damaged, has family
-    "unreadable" or the family told by its names, and `sentence` says what is wrong.
+    Always: path, family, usable (this pack has a loader for it, and it is whole), sentence, files, tensors, bytes, warnings. For whole
+    SVDQuant files of FLUX.1, Qwen-Image and Z-Image also: model, precision, rank, ranks, layers, config, model_class, bytes_by_kind, names,
+    metadata. A file that is no safetensors, or is damaged, has family "unreadable" or the family told by its names, and `sentence` says
+    what is wrong.
     """
     report = {"path": str(path), "family": "unreadable", "usable": False, "sentence": "", "files": [], "tensors": 0, "bytes": 0}
     report["warnings"] = []
@@ -44,34 +52,34 @@ def inspect(path: str | os.PathLike) -> dict:
         "dtypes": dict(sorted(Counter(e.dtype for e in entries.values()).items())),
         "metadata": sorted(metadata),
     }
-    if kind.family != "flux":
+    if kind.family not in _TITLES:
         return report | {"sentence": refusal(path, kind)}
     try:
-        return report | _flux(open_checkpoint(path))
+        return report | _packed(open_packed(path), kind)
     except CheckpointError as e:
-        return report | {"sentence": f"{path} is a FLUX.1 SVDQuant checkpoint that cannot be used. {e}"}
+        return report | {"sentence": f"{path} is a {_TITLES[kind.family]} SVDQuant checkpoint that cannot be used. {e}"}
 
 
-def _flux(c: FluxCheckpoint) -> dict:
+def _packed(c: PackedCheckpoint, kind: Kind) -> dict:
     c.close()
     kinds = Counter(h.kind for h in c.host_linears())
     by_kind: Counter[str] = Counter()
     for key, entry in c.tensors.items():
         by_kind[_kind_of(c, key, entry)] += entry.nbytes
-    d = c.dims
-    size = "" if (d.depth, d.depth_single) == _FULL_DEPTH else f", {d.depth}+{d.depth_single} blocks of {d.hidden} channels"
-    model = _MODELS.get(c.config["in_channels"], f"FLUX.1 with {c.config['in_channels']} input channels")
-    model += ", schnell kind" if c.model_class == "FluxSchnell" else ""
+    blocks, model = _blocks(c), _model(c)
+    deep = tuple(blocks.values())
+    size = "" if deep == _FULL_DEPTH[c.family] else f", {'+'.join(map(str, deep))} blocks of {c.dims.hidden} channels"
     ranks = "/".join(map(str, c.ranks)) or "none"
+    advice = "Load it with NunchakuFluxDiTLoader." if c.family == "flux" else kind.advice
     return {
-        "usable": True,
-        "sentence": f"{c.path} is a SVDQuant {model}{size}, {c.precision.upper()}, rank {ranks}. Load it with NunchakuFluxDiTLoader.",
+        "usable": ABSENT not in kind.advice,
+        "sentence": f"{c.path} is a SVDQuant {model}{size}, {c.precision.upper()}, rank {ranks}. {advice}",
         "model": model,
         "model_class": c.model_class,
         "precision": c.precision,
         "rank": c.rank,
         "ranks": c.ranks,
-        "layers": {"double_blocks": d.depth, "single_blocks": d.depth_single, "linears": dict(sorted(kinds.items()))},
+        "layers": blocks | {"linears": dict(sorted(kinds.items()))},
         "config": c.config,
         "bytes_by_kind": dict(by_kind.most_common()),
         "names": "v2" if any(k != e.key for k, e in c.tensors.items()) else "v1",
@@ -79,7 +87,25 @@ def _flux(c: FluxCheckpoint) -> dict:
     }
 
 
-def _kind_of(c: FluxCheckpoint, key: str, entry: Entry) -> str:
+def _blocks(c: PackedCheckpoint) -> dict[str, int]:
+    """How many blocks of each sort."""
+    if c.family == "flux":
+        return {"double_blocks": c.dims.depth, "single_blocks": c.dims.depth_single}
+    if c.family == "qwen-image":
+        return {"blocks": c.dims.depth}
+    return {"layers": c.dims.depth, "noise_refiner": c.dims.refiners, "context_refiner": c.dims.refiners}
+
+
+def _model(c: PackedCheckpoint) -> str:
+    if c.family == "flux":
+        model = _MODELS.get(c.config["in_channels"], f"FLUX.1 with {c.config['in_channels']} input channels")
+        return model + (", schnell kind" if c.model_class == "FluxSchnell" else "")
+    if c.family == "z-image":
+        return "Z-Image"
+    return _QWEN[c.config.get("default_ref_method")]
+
+
+def _kind_of(c: PackedCheckpoint, key: str, entry: Entry) -> str:
     prefix, _, suffix = key.rpartition(".")
     if f"{prefix}.qweight" not in c.tensors:
         return "plain"
@@ -95,11 +121,12 @@ def format_report(report: dict) -> str:
         lines.append(f"  tensors      {report['tensors']} in {len(report['files'])} file(s), {_size(report['bytes'])}")
         lines.append("  types        " + ", ".join(f"{n} {d}" for d, n in report["dtypes"].items()))
         lines.append("  metadata     " + (", ".join(report["metadata"]) or "none (shapes decide)"))
-    if report["usable"]:
+    if "precision" in report:
         layers, config = report["layers"], report["config"]
         linears = ", ".join(f"{n} {kind}" for kind, n in layers["linears"].items())
         lines.append(f"  precision    {report['precision']}, rank {', '.join(map(str, report['ranks']))}, {report['names']} names")
-        lines.append(f"  blocks       {layers['double_blocks']} double, {layers['single_blocks']} single ({linears} linears)")
+        blocks = ", ".join(f"{n} {sort.removesuffix('_blocks')}" for sort, n in layers.items() if sort != "linears")
+        lines.append(f"  blocks       {blocks} ({linears} linears)")
         lines.append(f"  model class  {report['model_class']}")
         lines.append("  bytes        " + ", ".join(f"{kind} {_size(n)}" for kind, n in report["bytes_by_kind"].items()))
         lines += [f"  {key:<20} {value}" for key, value in config.items()]

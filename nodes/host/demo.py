@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -73,7 +74,9 @@ def executor() -> object:
 
     nodes.NODE_CLASS_MAPPINGS |= {**NODE_CLASS_MAPPINGS, "TonfaDemoKeep": TonfaDemoKeep, "TonfaDemoBatch": TonfaDemoBatch}
     silent = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *a, **k: None, queue_updated=lambda: None)
-    return execution.PromptExecutor(silent)
+    asked = inspect.signature(execution.PromptExecutor).parameters  # newer hosts read these at every prompt
+    more = {"cache_args": {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}} if "cache_args" in asked else {}
+    return execution.PromptExecutor(silent, **more)
 
 
 def drawn(host: object, name: str) -> Run:
