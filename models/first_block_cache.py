@@ -271,38 +271,7 @@ def uncompiled() -> Callable[..., Tensors]:
     return torch.compiler.disable(through, recursive=False)
 
 
-# -- in the blocks -----------------------------------------------------------------------------------------------------------------
-
-
-def cached_double(forward: Callable[..., Tensors]) -> Callable[..., Tensors]:
-    """Sends a double block's forward through the Call in its transformer_options, if there is one."""
-
-    @functools.wraps(forward)
-    def cached(self, img: Tensor, txt: Tensor, *args: object, transformer_options: dict | None = None, **kwargs: object) -> Tensors:
-        call = (transformer_options or {}).get(KEY)
-        if call is None:
-            return forward(self, img, txt, *args, transformer_options=transformer_options, **kwargs)
-
-        def compute() -> Tensors:
-            return forward(self, img, txt, *args, transformer_options=transformer_options, **kwargs)
-
-        return call.through(call, self.position, (img, txt), compute)
-
-    return cached
-
-
-def cached_single(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same for a single block's."""
-
-    @functools.wraps(forward)
-    def cached(self, x: Tensor, *args: object, transformer_options: dict | None = None, **kwargs: object) -> Tensor:
-        call = (transformer_options or {}).get(KEY)
-        if call is None:
-            return forward(self, x, *args, transformer_options=transformer_options, **kwargs)
-
-        def compute() -> Tensors:
-            return (forward(self, x, *args, transformer_options=transformer_options, **kwargs),)
-
-        return call.through(call, self.position, (x,), compute)[0]
-
-    return cached
+def cached(position: int, streams: Tensors, options: dict, compute: Callable[[], Tensors]) -> Tensors:
+    """What the block at `position` makes of its streams: compute(), by way of the Call in its transformer_options if there is one."""
+    call = options.get(KEY)
+    return compute() if call is None else call.through(call, position, streams, compute)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tonfa.models import first_block_cache as cache
-from tonfa.models.first_block_cache import KEY, CacheConfig, Call, Run, Stage, cached_double, cached_single, stages
+from tonfa.models.first_block_cache import KEY, CacheConfig, Call, Run, Stage, cached, stages
 from tonfa.models.flux import Flux
 from tonfa.models.formats.checkpoint import open_checkpoint
 from torch import nn
@@ -21,10 +21,12 @@ class Double(nn.Module):
         super().__init__()
         self.position, self.calls, self.weight = position, 0, 0.1 * (position + 1)
 
-    @cached_double
     def forward(self, img, txt, vec, transformer_options=None):
-        self.calls += 1
-        return img + (img * self.weight + txt.mean(1, keepdim=True)) * vec, txt + torch.sin(txt + self.weight) * vec
+        def work():
+            self.calls += 1
+            return img + (img * self.weight + txt.mean(1, keepdim=True)) * vec, txt + torch.sin(txt + self.weight) * vec
+
+        return cached(self.position, (img, txt), transformer_options or {}, work)
 
 
 class Single(nn.Module):
@@ -32,10 +34,12 @@ class Single(nn.Module):
         super().__init__()
         self.position, self.calls, self.weight = position, 0, 0.1 * (position + 1)
 
-    @cached_single
     def forward(self, x, vec, transformer_options=None):
-        self.calls += 1
-        return x + torch.cos(x * self.weight) * vec
+        def work():
+            self.calls += 1
+            return (x + torch.cos(x * self.weight) * vec,)
+
+        return cached(self.position, (x,), transformer_options or {}, work)[0]
 
 
 class Toy:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from tonfa.models import linear
-from tonfa.models.flux import Flux, Mod, gated, modulated
+from tonfa.models.blocks import Mod, gated, modulated
+from tonfa.models.flux import Flux
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.linear import PackedLinear, PlainLinear
 from tonfa.models.lora import make_side
@@ -210,7 +211,7 @@ def test_float16_overflow_is_brought_back():
 @pytest.mark.parametrize("form", ["int8", "e4m3"])
 def test_eight_steps_stay_near_the_dense_network(form, monkeypatch):
     """Whole samplings in both code forms: a weight's rounding is the same in every step, so what adds to it shows here first."""
-    monkeypatch.setattr("tonfa.models.flux.code_form", lambda device: form)
+    monkeypatch.setattr("tonfa.models.blocks.code_form", lambda device: form)
     model, dense = load("mini_flux_int4"), densify(load("mini_flux_int4"))
 
     def sample(network, compute, seed):
@@ -229,7 +230,7 @@ def test_eight_steps_stay_near_the_dense_network(form, monkeypatch):
 @pytest.mark.parametrize("compute", ["fast", "exact"])
 def test_row_maxima_that_one_linear_leaves_for_the_next(compute, monkeypatch):
     """The linear before a GELU leaves what the one behind it needs: in every MLP, and nothing of the block changes by a bit."""
-    monkeypatch.setattr("tonfa.models.flux.code_form", lambda device: "e4m3")
+    monkeypatch.setattr("tonfa.models.blocks.code_form", lambda device: "e4m3")
     monkeypatch.setattr("tonfa.kernels.w4_matmul._many_rows", lambda rows, target: True)  # exact in the form that has a scale a row
     model, asked = load("mini_flux_int4", torch.bfloat16), []
     a = block_inputs(model, 2, torch.bfloat16)

@@ -13,7 +13,7 @@ import weakref
 import pytest
 import torch
 from tonfa.models import graphs as module
-from tonfa.models.flux import addresses, recorded
+from tonfa.models.blocks import addresses, recorded
 from tonfa.models.graphs import Graphs, Recorded
 from tonfa.models.lora import make_side
 
