@@ -1,6 +1,6 @@
 """One double and one single block at FLUX.1-dev size on a GPU: fused against plain path, recorded against ordinary runs, time.
 
-    python benchmarks/blocks_gpu.py CHECKPOINT.safetensors [--json FILE]     (a file of make_flux_checkpoint.py, --depth 1 --single-depth 1)
+    python benchmarks/blocks_gpu.py CHECKPOINT.safetensors [--json FILE]     (make_checkpoint.py flux FILE --depth 1 --single-depth 1)
 
 4096 image and 512 text tokens. Exits 1 when fused and plain differ by more than 1e-2 (exact) or 3e-3 (fast), or a
 replayed CUDA graph differs from the ordinary run in a bit.

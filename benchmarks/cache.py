@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=... python benchmarks/cache.py --checkpoint FILE [--steps 28] [--pixels 1024] [--json FILE] [--cpu]
 
-FILE is one that make_flux_checkpoint.py writes. Random weights say nothing about which threshold is good, so the largest one and a cap of
+FILE is a FLUX.1 that make_checkpoint.py writes. Random weights say nothing about which threshold is good, so the largest one and a cap of
 one reuse in a row make half of the steps reused. Limits: time falls by at least 45 %; threshold 0 gives the same bits as no cache and takes
 no longer (1 % of noise allowed). Exits 1 when one is missed.
 """

@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=... python benchmarks/load.py --checkpoint FILE [--compute auto] [--pixels 1024] [--json FILE]
 
-FILE is one that make_flux_checkpoint.py writes. Two processes use one Triton cache: an empty temporary folder for the first, what that left
+FILE is a FLUX.1 that make_checkpoint.py writes. Two processes use one Triton cache: an empty temporary folder for the first, what that left
 behind for the second. Each loads the file from page cache through the loader node and makes four steps; a warm step is the fastest of the
 last three. Compiled kernels are counted by the .cubin or .hsaco files in the cache. Exits 1 when a limit is missed.
 """

@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=... python benchmarks/lora.py --checkpoint FILE [--rank 32] [--pixels 1024] [--compute fast] [--json FILE]
 
-FILE is one that make_flux_checkpoint.py writes. LoRAs of random numbers on every layer of both kinds of blocks are written to a temporary
+FILE is a FLUX.1 that make_checkpoint.py writes. LoRAs of random numbers on every layer of both kinds of blocks are written to a temporary
 folder: in diffusers names with separate q, k, v and mlp ("split"), and in kohya's names with one pair a layer ("fused"). Limits:
 under 1 s from a file in the page cache to a model that is ready, 0.3 s for another strength, a step at most 3 % longer with one LoRA and
 10 % with four (fused), memory that grows by the columns' bytes and returns. Exits 1 when one is missed.

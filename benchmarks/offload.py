@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=... python benchmarks/offload.py --checkpoint FILE [--resident 1] [--pixels 1024] [--json FILE] [--cpu]
 
-FILE is one that make_flux_checkpoint.py writes. Limits: a step with one resident block peaks under 2.0 GiB and takes at most 1.10x of the
+FILE is a FLUX.1 that make_checkpoint.py writes. Limits: a step with one resident block peaks under 2.0 GiB and takes at most 1.10x of the
 larger of a resident step and the streamed bytes over the bandwidth of pinned memory, which is measured; the host's own low-VRAM mode gives
 the same output bit for bit. Exits 1 when one is missed.
 """

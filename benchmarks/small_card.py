@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=... python benchmarks/small_card.py FOLDER --checkpoint FILE [--gib 8] [--offload auto] [--json FILE] [--tiny --cpu]
 
-FOLDER: where t5_model.py's files are, or will be written. FILE is one that make_flux_checkpoint.py writes. torch reports and allows `gib`
+FOLDER: where t5_model.py's files are, or will be written. FILE is a FLUX.1 that make_checkpoint.py writes. torch reports and allows `gib`
 GiB in all, so the host's memory manager decides as it would on such a card. Limit: no stage runs out of memory. Prints every stage's peak.
 """
 

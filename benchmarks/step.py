@@ -3,7 +3,7 @@
     COMFYUI_PATH=... PEERS=... python benchmarks/step.py --checkpoint FILE [--pixels 512,1024,1536,2048] [--batch 1,4]
         [--forms ours_fast,ours_exact,bf16,bf16_compile,fp8_fast,nf4,gguf_q4_k] [--graph] [--compile] [--json FILE]
 
-FILE is one that make_flux_checkpoint.py writes; the peers get random weights of its shape (peers.py says what they need). A step is one
+FILE is a FLUX.1 that make_checkpoint.py writes; the peers get random weights of its shape (peers.py says what they need). A step is one
 call of diffusion_model under inference_mode; ms is the median of CUDA-event timings of steps issued back to back, after warm-ups. One form
 is in GPU memory at a time. Ours is timed first and again at the end; limits are held against the slower of the two.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import sys
 from pathlib import Path
 
 import comfy.model_base
@@ -86,11 +87,12 @@ def test_the_host_detects_full_size_models(kind, in_width, guidance, model, base
 
 def random_file(path: Path) -> Path:
     """One double and one single block of FLUX.1's own widths, with the numbers of the benchmark's checkpoint."""
-    spec = importlib.util.spec_from_file_location("make_flux_checkpoint", BENCHMARKS / "make_flux_checkpoint.py")
+    spec = importlib.util.spec_from_file_location("make_checkpoint", BENCHMARKS / "make_checkpoint.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up
     spec.loader.exec_module(module)
     with torch.random.fork_rng(devices=[]):
-        module.make(str(path), "int4", rank=32, depth=1, single=1, guidance=True, device="cpu")
+        module.make(str(path), "flux", module.Plan(depth=1, single_depth=1), device="cpu")
     return path
 
 
