@@ -1,5 +1,7 @@
 """LayerNorm without parameters, then modulation: m = LN(x) * (1 + scale) + shift, in fp32, rounded once.
 
+Or RMSNorm (arXiv 1910.07467): m = x / sqrt(mean(x^2) + eps) * scale, the weight and 1 + the modulation being in scale already.
+
 On the fused path the same arithmetic is the prologue of smooth_quantize; the kernel here (norm_modulate_triton.py) shares it, so that the
 plain path has the same bits.
 """
@@ -16,12 +18,16 @@ from .targets import triton_reason
 
 @dataclass(eq=False)
 class Norm:
-    """What precedes a quantised linear: row m of x is normalised, then modulated by row m // rows_per_batch of shift and scale [B, K]."""
+    """What precedes a quantised linear: row m of x is normalised, then modulated by row m // rows_per_batch of shift and scale [B, K].
 
-    shift: Tensor
+    rms: RMSNorm in place of LayerNorm; scale is all that multiplies, and shift is None.
+    """
+
+    shift: Tensor | None
     scale: Tensor
     rows_per_batch: int
     eps: float = 1e-6
+    rms: bool = False
 
 
 def round_to(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,11 +56,12 @@ def norm_modulate(x: Tensor, norm: Norm) -> Tensor:
 
 def norm_modulate_torch(x: Tensor, norm: Norm) -> Tensor:
     """x [M, K] of any strides, bf16, fp16 or fp32 -> [M, K] of the same type. Biased variance, eps inside the root."""
-    v = x.float()
+    v, rows = x.float(), x.shape[0]
+    scale = batch_rows(norm.scale, rows, norm.rows_per_batch)
+    if norm.rms:
+        return round_to(v * torch.rsqrt(v.square().mean(dim=1, keepdim=True) + norm.eps) * scale, x.dtype)
     centred = v - v.mean(dim=1, keepdim=True)
     variance = centred.square().mean(dim=1, keepdim=True)
     normed = centred * torch.rsqrt(variance + norm.eps)
-    rows = x.shape[0]
-    scale = batch_rows(norm.scale, rows, norm.rows_per_batch)
     shift = batch_rows(norm.shift, rows, norm.rows_per_batch)
     return round_to(normed * (1.0 + scale) + shift, x.dtype)

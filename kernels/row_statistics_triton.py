@@ -2,7 +2,7 @@
 
     mean = sum(x) / K
     rstd = 1 / sqrt(sum((x - mean)^2) / K + eps)
-    m    = (x - mean) * rstd * (1 + scale) + shift, rounded to x's type
+    m    = (x - mean) * rstd * (1 + scale) + shift, rounded to x's type; RMS: x * rstd * scale, the mean being 0
     v    = (m [+ SHIFT]) / smooth, rounded to x's type
     amax = max(|v|)
 
@@ -47,13 +47,26 @@ def _modulation(values, rows, cols, M, K, row_stride, rows_per_batch, outside, O
 
 
 @triton.jit
+def load_moments(moments, rows, M, RMS: tl.constexpr):
+    """(mean, rstd) of rows."""
+    mean = tl.zeros(rows.shape, tl.float32)
+    if not RMS:
+        mean = tl.load(moments + rows, mask=rows < M, other=0.0)
+    return mean, tl.load(moments + M + rows, mask=rows < M, other=0.0)
+
+
+@triton.jit
 def modulated(
     x, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch,
-    ONE_BATCH: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
+    RMS: tl.constexpr, ONE_BATCH: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """m of a tile of x, fp32 that holds numbers of x's type. The fma is explicit: every kernel must contract alike."""
-    factor = 1.0 + _modulation(scale, rows, cols, M, K, scale_row, rows_per_batch, -1.0, ONE_BATCH)  # 0 times whatever, behind K
-    offset = _modulation(shift, rows, cols, M, K, shift_row, rows_per_batch, 0.0, ONE_BATCH)
+    if RMS:
+        factor = _modulation(scale, rows, cols, M, K, scale_row, rows_per_batch, 0.0, ONE_BATCH)
+        offset = tl.zeros(factor.shape, tl.float32)
+    else:
+        factor = 1.0 + _modulation(scale, rows, cols, M, K, scale_row, rows_per_batch, -1.0, ONE_BATCH)  # 0 times whatever, behind K
+        offset = _modulation(shift, rows, cols, M, K, shift_row, rows_per_batch, 0.0, ONE_BATCH)
     normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
     m = tl.fma(normed, tl.broadcast_to(factor, normed.shape), tl.broadcast_to(offset, normed.shape))
     if tl.float16 == x.dtype:  # saturates: an infinity would spoil the scale of its whole group
@@ -83,7 +96,10 @@ def norm_arguments(norm: Norm | None, unused: Tensor, rows: int) -> tuple[Tensor
     """(shift, scale, their row strides, rows per batch) as the kernels take them; `unused` stands in where there is no norm."""
     if norm is None:
         return unused, unused, 1, 1, 1
-    shift, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (norm.shift, norm.scale))
+    scale = norm.scale if norm.scale.stride(1) == 1 else norm.scale.contiguous()
+    if norm.rms:
+        return unused, scale, 1, scale.stride(0), min(norm.rows_per_batch, rows)
+    shift = norm.shift if norm.shift.stride(1) == 1 else norm.shift.contiguous()
     return shift, scale, shift.stride(0), scale.stride(0), min(norm.rows_per_batch, rows)
 
 
@@ -106,8 +122,8 @@ def largest_smoothed(m, smooth, cols, K, DTYPE: tl.constexpr, UNSIGNED: tl.const
 @triton.jit(do_not_specialize=["M", "rows_per_batch"])
 def _row_statistics(
     x, smooth, shift, scale, moments, amax, M, K, x_row, x_col, shift_row, scale_row, rows_per_batch, eps,
-    NORM: tl.constexpr, AMAX: tl.constexpr, UNSIGNED: tl.constexpr, ONE_BATCH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    REST: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
+    NORM: tl.constexpr, RMS: tl.constexpr, AMAX: tl.constexpr, UNSIGNED: tl.constexpr, ONE_BATCH: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, REST: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Rows in registers, as BK and REST columns: the mean is taken off before anything is squared."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -117,15 +133,19 @@ def _row_statistics(
     a = load_rows(x, rows, cols, M, K, x_row, x_col)
     b = load_rows(x, rows, more, M, K, x_row, x_col)
     if NORM:
-        mean = (tl.sum(a.to(tl.float32), axis=1) + tl.sum(b.to(tl.float32), axis=1)) / K
+        if RMS:
+            mean = tl.zeros((BM,), tl.float32)
+        else:
+            mean = (tl.sum(a.to(tl.float32), axis=1) + tl.sum(b.to(tl.float32), axis=1)) / K
         variance = (_squares(a, mean, cols, K) + _squares(b, mean, more, K)) / K
         rstd = tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
-        tl.store(moments + rows, mean, mask=live)
+        if not RMS:
+            tl.store(moments + rows, mean, mask=live)
         tl.store(moments + M + rows, rstd, mask=live)
     if AMAX:
         if NORM:
-            a = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
-            b = modulated(b, mean, rstd, shift, scale, rows, more, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
+            a = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, RMS, ONE_BATCH, PTX, EMULATE)
+            b = modulated(b, mean, rstd, shift, scale, rows, more, M, K, shift_row, scale_row, rows_per_batch, RMS, ONE_BATCH, PTX, EMULATE)
         first = largest_smoothed(a.to(tl.float32), smooth, cols, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
         second = largest_smoothed(b.to(tl.float32), smooth, more, K, x.dtype.element_ty, UNSIGNED, PTX, EMULATE)
         tl.store(amax + rows, tl.maximum(first, second), mask=live)
@@ -148,7 +168,7 @@ def row_tile(k: int) -> tuple[int, int, int]:
 def row_statistics_triton(x: Tensor, norm: Norm | None, smooth: Tensor | None, unsigned: bool = False) -> tuple[Tensor, Tensor]:
     """(moments fp32 [2, M], amax fp32 [M]) of x [M, K], M > 0.
 
-    moments: mean and rstd of every row, undefined without a norm. amax: the largest |v|, undefined without smooth.
+    moments: mean (not for an RMS norm) and rstd of every row, undefined without a norm. amax: the largest |v|, undefined without smooth.
     """
     rows, k = x.shape
     moments = torch.empty(2, rows, dtype=torch.float32, device=x.device)
@@ -160,7 +180,7 @@ def row_statistics_triton(x: Tensor, norm: Norm | None, smooth: Tensor | None, u
         _row_statistics[(triton.cdiv(rows, block),)](
             x, moments if smooth is None else smooth, shift, scale, moments, amax,
             rows, k, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch, 0.0 if norm is None else norm.eps,
-            NORM=norm is not None, AMAX=smooth is not None, UNSIGNED=unsigned,
+            NORM=norm is not None, RMS=norm is not None and norm.rms, AMAX=smooth is not None, UNSIGNED=unsigned,
             ONE_BATCH=one_batch(rows, rows_per_batch, block), BM=block, BK=width, REST=rest,
             PTX=has_pairs(target_for(x.device)), EMULATE=interpreting(), num_warps=warps,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """smooth_quantize: everything that happens to the input of a quantised linear.
 
-[LayerNorm + modulation], division by smooth, quantisation, and the low-rank branch's down projection. The formulas are in
+[LayerNorm or RMSNorm, and modulation], division by smooth, quantisation, and the low-rank branch's down projection. The formulas are in
 smooth_quantize_torch.py, the kernels in row_statistics_triton.py and smooth_quantize_triton.py.
 """
 

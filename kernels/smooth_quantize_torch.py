@@ -1,6 +1,6 @@
 """Oracle of smooth_quantize: what a quantised linear does to its input, in plain torch.
 
-    m = LN(x)*(1+scale)+shift  (with a norm)          rounded to the compute type (x.dtype)
+    m = LN(x)*(1+scale)+shift, or RMS(x)*scale        with a norm; rounded to the compute type (x.dtype)
     h = m @ down, m @ extra.down                      summed in fp32: the low-rank branch sees m, not divided, not shifted, not quantised;
                                                       kept in fp32, beside e4m3 codes rounded to bf16 where x and down are
     v = (m [+ SHIFT]) / smooth                        true division, rounded to the compute type (what fp16 cannot hold is left in fp32);
@@ -61,8 +61,12 @@ def check_input(x: Tensor, part: PartView, mode: str, norm: Norm | None, row_ama
         raise ValueError(f"x is {x.dtype}, expected bfloat16, float16 or float32")
     check_columns(part)
     if norm is not None:
+        if norm.rms != (norm.shift is None):
+            raise ValueError(f"norm.shift is {'missing' if norm.shift is None else 'given'}: LayerNorm takes one, RMSNorm takes none")
         batches = -(-x.shape[0] // norm.rows_per_batch)
         for name, tensor in (("shift", norm.shift), ("scale", norm.scale)):
+            if tensor is None:
+                continue
             if tensor.ndim != 2 or tensor.shape[1] != spec.k or tensor.shape[0] < batches:
                 raise ValueError(f"norm.{name} has shape {list(tensor.shape)}, expected [{batches}, {spec.k}]")
     if row_amax is not None:

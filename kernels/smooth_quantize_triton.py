@@ -19,7 +19,7 @@ from .layout import PartView
 from .norm_modulate import Norm
 from .norm_modulate_triton import norm_modulate_triton
 from .rounding import divided, dot_split, e4m3_byte, e4m3_value, has_pairs, inverse_of, rne, safe_scale, settled, storable
-from .row_statistics_triton import load_rows, modulated, norm_arguments, one_batch, row_statistics_triton, smoothed
+from .row_statistics_triton import load_moments, load_rows, modulated, norm_arguments, one_batch, row_statistics_triton, smoothed
 from .smooth_quantize_torch import QuantizedInput, kind_of, lowrank_dtype, plain_dtype
 from .targets import Target, interpreting, launch_device, target_for
 from .tiles import QUANTIZE_PIECES, Tile, quantize_tile
@@ -127,9 +127,9 @@ def _store_codes(
 def _quantize(
     x, smooth, shift, scale, moments, row_amax, down, extra, codes, scales, products,
     M, K, K8, RANKS, EXTRA, x_row, x_col, shift_row, scale_row, rows_per_batch, steps,
-    KIND: tl.constexpr, LARGEST: tl.constexpr, BYTES: tl.constexpr, UNSIGNED: tl.constexpr, NORM: tl.constexpr, ONE_BATCH: tl.constexpr,
-    RB: tl.constexpr, XB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, COPY_ENGINE: tl.constexpr,
-    PTX: tl.constexpr, EMULATE: tl.constexpr,
+    KIND: tl.constexpr, LARGEST: tl.constexpr, BYTES: tl.constexpr, UNSIGNED: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr,
+    ONE_BATCH: tl.constexpr, RB: tl.constexpr, XB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    COPY_ENGINE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, p, j): rows i*BM.. counted from the end, `steps` times BK of K from piece p's first on, ranks j*RB.. (RB 0: no low rank).
 
@@ -145,8 +145,7 @@ def _quantize(
     if KIND == "e4m3" or KIND == "half":
         factor = _row_scale(row_amax, scales, rows, M, KIND, (piece == 0) & codes_too)
     if NORM:
-        mean = tl.load(moments + rows, mask=rows < M, other=0.0)
-        rstd = tl.load(moments + M + rows, mask=rows < M, other=0.0)
+        mean, rstd = load_moments(moments, rows, M, RMS)
     if RB:
         h = tl.zeros((BM, RB), tl.float32)
         ranks = tl.program_id(2) * RB + tl.arange(0, RB)
@@ -162,7 +161,7 @@ def _quantize(
             a = load_rows(x, rows, cols, M, K, x_row, x_col)
         m = a
         if NORM:
-            m = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, ONE_BATCH, PTX, EMULATE)
+            m = modulated(a, mean, rstd, shift, scale, rows, cols, M, K, shift_row, scale_row, rows_per_batch, RMS, ONE_BATCH, PTX, EMULATE)
         if RB:
             h = _low_rank(m, _ranks_of(down, k, cols, ranks, RANKS, RB, COPY_ENGINE), h, a.dtype, EMULATE)
         if XB:
@@ -313,8 +312,8 @@ def smooth_quantize_triton(
             rows, k, kp // 8, ranks, extra, x.stride(0), x.stride(1), shift_row, scale_row, rows_per_batch,
             triton.cdiv(kp // tile.bk, tile.pieces),
             KIND=code_kind, LARGEST=largest, BYTES=part.spec.code_form == "e4m3", UNSIGNED=unsigned, NORM=norm is not None,
-            ONE_BATCH=one_batch(rows, rows_per_batch, tile.bm), RB=block, XB=extra_block, BM=tile.bm, BK=tile.bk,
-            STAGES=tile.stages, COPY_ENGINE=engine, PTX=pairs, EMULATE=emulate, num_warps=tile.warps,
+            RMS=norm is not None and norm.rms, ONE_BATCH=one_batch(rows, rows_per_batch, tile.bm), RB=block, XB=extra_block, BM=tile.bm,
+            BK=tile.bk, STAGES=tile.stages, COPY_ENGINE=engine, PTX=pairs, EMULATE=emulate, num_warps=tile.warps,
             maxnreg=most_registers(target, x.dtype, block, extra_block),
         )  # fmt: skip
         if products.ndim == 3:

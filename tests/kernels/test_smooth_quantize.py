@@ -190,6 +190,11 @@ def test_misfits_are_refused():
         smooth_quantize(torch.zeros(2, 256), view, "quick")
     with pytest.raises(ValueError, match="norm.shift"):
         smooth_quantize(torch.zeros(4, 256), view, "fast", Norm(torch.zeros(1, 256), torch.zeros(2, 256), 2))
+    with pytest.raises(ValueError, match="norm.scale has"):
+        smooth_quantize(torch.zeros(4, 256), view, "fast", Norm(None, torch.zeros(1, 256), 2, rms=True))
+    for shift, rms in ((None, False), (torch.zeros(1, 256), True)):
+        with pytest.raises(ValueError, match="RMSNorm takes none"):
+            smooth_quantize(torch.zeros(2, 256), view, "fast", Norm(shift, torch.zeros(1, 256), 2, rms=rms))
     x, norm = torch.zeros(2, 256), Norm(torch.zeros(1, 256), torch.zeros(1, 256), 2)
     with pytest.raises(ValueError, match="one of the two"):
         smooth_quantize(x, view, "fast", norm, torch.zeros(2))
@@ -246,11 +251,12 @@ def test_known_row_maximum_is_taken(interpreter, options, k):
 @pytest.mark.parametrize(
     "form, mode, wide", [("e4m3", "fast", False), ("e4m3", "exact", False), ("int8", "fast", False), ("e4m3", "exact", True)]
 )
-def test_fused_norm_has_the_bits_of_the_plain_one(interpreter, form, mode, wide):
+@pytest.mark.parametrize("rms", [False, True])
+def test_fused_norm_has_the_bits_of_the_plain_one(interpreter, rms, form, mode, wide):
     torch.manual_seed(8)
     view = packed_view(random_layer("int4", 128, 320), form)
-    x = torch.randn(10, 320).to(BF16)
-    norm = Norm(torch.randn(2, 320).to(BF16), torch.randn(2, 320).to(BF16), 5)
+    x, shift, scale = torch.randn(10, 320).to(BF16), torch.randn(2, 320).to(BF16), torch.randn(2, 320).to(BF16)
+    norm = Norm(None if rms else shift, scale, 5, rms=rms)
     fused, plain = smooth_quantize(x, view, mode, norm, wide=wide), smooth_quantize(norm_modulate(x, norm), view, mode, wide=wide)
     for a, b in ((fused.codes, plain.codes), (fused.scales, plain.scales), (fused.lowrank, plain.lowrank)):
         assert torch.equal(a, b)
@@ -301,6 +307,34 @@ def test_kernel_any_k(interpreter, mode, wide, k):
     view = packed_view(random_layer("int4", 128, k, 16, act_unsigned=True))
     compare(torch.randn(3, k).to(BF16), view, mode, wide=wide)
     compare(torch.randn(3, k).to(BF16), view, mode, Norm(torch.randn(1, k), torch.randn(1, k), 3), wide=wide)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("kind", ["int8", "e4m3", "nvfp4"])
+@pytest.mark.parametrize("k", [768, 3840])
+def test_kernel_at_z_images_sizes(interpreter, k, kind, mode):
+    """3840 inputs are no power of two and end inside a block of 1024; RMSNorm, rank 128, a scale in fp32 or 16 bit."""
+    torch.manual_seed(k)
+    layer = random_layer("nvfp4" if kind == "nvfp4" else "int4", 128, k, 128, channel_scale=kind == "nvfp4")
+    view = packed_view(layer, "e4m3" if kind == "nvfp4" else kind)
+    x = (torch.randn(3, k) * 3).to(BF16)
+    x[1] = 0
+    for wide in (False, True) if (kind, mode) == ("e4m3", "exact") else (False,):
+        norm = Norm(None, torch.randn(2, k).to(BF16 if wide else FP32), 2, 1e-5, rms=True)
+        plain = compare(norm_modulate(x, norm), view, mode, wide=wide)
+        fused = smooth_quantize(x, view, mode, norm, wide=wide)
+        for a, b in ((fused.codes, plain.codes), (fused.scales, plain.scales), (fused.lowrank, plain.lowrank)):
+            assert (a is None and b is None) or torch.equal(a, b)
+        assert not fused.codes[1].any() and not fused.lowrank[1].any() and fused.codes[0].any()
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize("form, mode, wide", [("int8", "exact", False), ("e4m3", "fast", False), ("e4m3", "exact", True)])
+def test_kernel_with_an_rms_norm_in_other_types(interpreter, form, mode, wide, dtype):
+    torch.manual_seed(1)
+    x, scale = (torch.randn(17, 192) * 3).to(dtype), torch.randn(2, 192)
+    compare(x, packed_view(random_layer("int4", 128, 192), form), mode, Norm(None, scale.to(dtype), 9, 1e-5, rms=True), wide=wide)
+    compare(x, packed_view(random_layer("int4", 128, 192), form), mode, Norm(None, scale, 9, 1e-5, rms=True), wide=wide)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])

@@ -61,7 +61,7 @@ def test_no_bands_for_other_targets_or_an_unknown_size(target):
 @pytest.mark.parametrize("target", [H200, cuda_target(86), cuda_target(100), hip_target("gfx942"), hip_target("gfx1100")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_pieces_of_the_low_rank_product_are_never_more_than_k_has_steps(target, dtype):
-    for k in (128, 256, 384, 3072, 12288, 15360):
+    for k in (128, 256, 384, 3072, 3840, 10240, 12288, 15360):
         for rows in (1, 33, 256, 4608, 65536):
             tile = quantize_tile(target, dtype, rows, k, grouped=True)
             assert tile.bk % 64 == 0 and k % tile.bk == 0 and 1 <= tile.pieces <= k // tile.bk
