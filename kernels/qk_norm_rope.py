@@ -14,8 +14,8 @@ from .targets import triton_reason
 def qk_norm_rope_(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, pe: Tensor | None, heads: int, eps: float = 1e-6) -> Tensor:
     """In place on qkv [B, L, >= 2 * heads * D] (last dimension contiguous; q heads, then k heads; the rest is untouched); returns it.
 
-    query_scale, key_scale [D]; pe [B|1, 1, L, D/2, 2, 2] fp32, None for the norm alone. A head size that is no power of two takes the
-    torch path.
+    query_scale, key_scale [D]; pe [B|1, 1, L, D/2, 2, 2], None for the norm alone. Any float types; both scales of one type, and none in
+    fp64, save a cast. A head size that is no power of two takes the torch path.
     Raises ValueError when the shapes do not fit each other.
     """
     check_qkv(qkv, query_scale, key_scale, pe, heads)

@@ -33,10 +33,10 @@ def qk_norm_rope_kernel(
     scale = query_scale + dim
     if which == 1:
         scale = key_scale + dim
-    x = rounded(x * rstd * tl.load(scale)[None, :], DTYPE, EMULATE)
+    x = rounded(x * rstd * tl.load(scale).to(tl.float32)[None, :], DTYPE, EMULATE)
     if ROPE:
         # Whole rows are loaded and stored; pairs are taken apart and the table's 2x2 matrices in registers.
-        table = tl.load(pe + batch * pe_stride_b + token * (2 * D) + tl.arange(0, 2 * D))
+        table = tl.load(pe + batch * pe_stride_b + token * (2 * D) + tl.arange(0, 2 * D)).to(tl.float32)
         left, right = tl.split(tl.reshape(table, (D // 2, 2, 2)))
         pe00, pe10 = tl.split(left)
         pe01, pe11 = tl.split(right)
@@ -47,13 +47,18 @@ def qk_norm_rope_kernel(
     tl.store(at, storable(x, DTYPE, EMULATE), live)
 
 
-def _fp32(scale: Tensor) -> Tensor:
-    return scale if scale.dtype == torch.float32 and scale.is_contiguous() else scale.float().contiguous()
+_WIDENED = (torch.float32, torch.bfloat16, torch.float16)  # in registers, without a launch for it
+
+
+def _scales(query_scale: Tensor, key_scale: Tensor) -> list[Tensor]:
+    """Both contiguous and of one type that the kernel widens."""
+    alike = query_scale.dtype == key_scale.dtype and query_scale.dtype in _WIDENED
+    return [(scale if alike else scale.float()).contiguous() for scale in (query_scale, key_scale)]
 
 
 def _table(pe: Tensor) -> tuple[Tensor, int]:
-    """pe [B|1, 1, L, D/2, 2, 2] with the tokens' matrices fp32 and one after another, and its stride from batch to batch."""
-    pe = pe.float()
+    """pe [B|1, 1, L, D/2, 2, 2] with the tokens' matrices one after another, and its stride from batch to batch."""
+    pe = pe if pe.dtype in _WIDENED else pe.float()
     if not pe[0].is_contiguous():
         pe = pe.contiguous()
     return pe, pe.stride(0) if pe.shape[0] > 1 else 0
@@ -65,7 +70,7 @@ def qk_norm_rope_triton(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, pe:
     table, table_stride = (query_scale, 0) if pe is None else _table(pe)  # without RoPE a stand-in that is never read
     with launch_device(qkv.device):
         qk_norm_rope_kernel[(batch * length, 2)](
-            qkv, _fp32(query_scale), _fp32(key_scale), table, length, qkv.stride(0), qkv.stride(1), table_stride, eps,
+            qkv, *_scales(query_scale, key_scale), table, length, qkv.stride(0), qkv.stride(1), table_stride, eps,
             HEADS=heads, BLOCK_H=triton.next_power_of_2(heads), D=query_scale.shape[0], ROPE=pe is not None, EMULATE=interpreting(),
             num_warps=4, enable_fp_fusion=False,  # products rounded before they are added, as in the plain path: the same bits
         )  # fmt: skip

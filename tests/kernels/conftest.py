@@ -17,6 +17,7 @@ KERNEL_MODULES = (
     "qk_norm_rope_triton",
     "row_statistics_triton",
     "norm_modulate_triton",
+    "norm_gate_triton",
     "smooth_quantize_triton",
     "w4_matmul_triton",
     "expand_weight_triton",
