@@ -132,7 +132,7 @@ def flux_params(checkpoint: str) -> object:
     """The host's FluxParams of a checkpoint."""
     from comfy.ldm.flux.model import FluxParams
     from tonfa.models.formats.checkpoint import open_checkpoint
-    from tonfa.nodes.host.shell import unet_config
+    from tonfa.nodes.host.flux_shell import unet_config
 
     config = unet_config(open_checkpoint(checkpoint))
     return FluxParams(**{name: value for name, value in config.items() if name != "image_model"})

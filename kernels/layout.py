@@ -18,13 +18,18 @@ multiples of 128, Rp is the rank rounded up to a multiple of 16, S the number of
     shift_bias     fp32   [Np]         SHIFT * rowsum(W4/smooth)   act_unsigned only
 
 The K order lets a kernel take a whole 64-group from the low nibbles and the next from the high ones without moving anything between lanes.
+
+Rows lie in the order of the outputs, except in *paired* parts, whose first N/2 outputs are values and whose last N/2 are their gates:
+there 8 values and their 8 gates take turns, in every field that has rows. Matrix instructions leave rows r and r + 8 of 16 in one thread,
+which so has a value and its gate. `in_pairs` and `in_order` change one order into the other; a LogicalLinear has the outputs' order.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -33,11 +38,12 @@ from torch import Tensor
 
 from .block_scale import BLOCK, block_scale
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 SHIFT = 0.171875  # added to GELU outputs before they are quantised without a sign (INT4 files); exact in bf16 and fp16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ALIGN = 256
 TILE = 128  # N and K are padded to this
+RUN = 8  # values, then as many gates, in the rows of a paired part
 
 _MAGIC = b"TonfaW4\0"
 _HEADER = struct.Struct("<8sIIQI")  # magic, version, number of parts, bytes, crc32 of the plan
@@ -166,6 +172,16 @@ def dense_weight(layer: LogicalLinear) -> Tensor:
     return w
 
 
+def in_pairs(rows: Tensor) -> Tensor:
+    """[N, ...], values first and gates last -> the same rows as a paired part stores them."""
+    return rows.unflatten(0, (2, -1, RUN)).transpose(0, 1).flatten(0, 2)
+
+
+def in_order(rows: Tensor) -> Tensor:
+    """[N, ...] as a paired part stores them -> values first and gates last; the inverse of in_pairs."""
+    return rows.unflatten(0, (-1, 2, RUN)).transpose(0, 1).flatten(0, 2)
+
+
 def shift_bias(layer: LogicalLinear) -> Tensor:
     """fp32 [N]: SHIFT * rowsum(W4/smooth), what the file's bias of an act_unsigned layer has to gain when x is not shifted."""
     values = code_values(layer.codes, layer.precision).view(layer.n, -1, layer.group)
@@ -264,7 +280,7 @@ class PartSpec:
 
     code_form: int4 "int8" (two's complement nibbles) or "e4m3" (sign-magnitude nibbles, the spare code 0b1000 is -8); nvfp4 "e2m1";
     w4a16 "u4". scale_dtype: "bf16", "fp16" or "e4m3". pair_dtype (low rank): "bf16" or "fp16". row_offset and col_offset: where its
-    rows and columns lie inside the host linear.
+    rows and columns lie inside the host linear. paired: its rows are stored in pairs (see the file's docstring).
     """
 
     precision: str
@@ -279,6 +295,7 @@ class PartSpec:
     has_channel_scale: bool
     row_offset: int = 0
     col_offset: int = 0
+    paired: bool = False
 
     @property
     def group(self) -> int:
@@ -356,6 +373,7 @@ class Columns:
     """Further columns of a part's low-rank branch, beside the blob (LoRA). down [Kp, S * R], up [Np, R], both of one float type.
 
     R is a multiple of 16. segments: where each of the S stretches of rows begins that have columns of their own, multiples of TILE.
+    The rows of up lie as the part's do.
     """
 
     down: Tensor
@@ -383,14 +401,19 @@ class PartView:
     extra: Columns | None = None
 
 
-def plan(out_features: int, in_features: int, parts: list[tuple[LogicalLinear, int, int]], code_form: str) -> PackSpec:
+def plan(
+    out_features: int, in_features: int, parts: list[tuple[LogicalLinear, int, int]], code_form: str, paired: bool = False
+) -> PackSpec:
     """Layout of a host linear [out_features, in_features] made of parts (layer, row_offset, col_offset).
 
     code_form ("int8" or "e4m3") is what the device multiplies INT4 codes in; other precisions have one form only.
-    Raises ValueError when a part lies outside the host linear or the code form is unknown.
+    paired: the linear ends in SwiGLU; its rows are stored in pairs.
+    Raises ValueError when a part lies outside the host linear, the code form is unknown or the rows cannot be paired.
     """
     if code_form not in ("int8", "e4m3"):
         raise ValueError(f"code form is {code_form!r}, expected 'int8' or 'e4m3'")
+    if paired:
+        _check_paired(out_features, parts)
     specs = []
     for layer, row, col in parts:
         if row < 0 or col < 0 or row + layer.n > out_features or col + layer.k > in_features:
@@ -411,9 +434,21 @@ def plan(out_features: int, in_features: int, parts: list[tuple[LogicalLinear, i
                 has_channel_scale=layer.channel_scale is not None,
                 row_offset=row,
                 col_offset=col,
+                paired=paired,
             )
         )
     return PackSpec(out_features, in_features, tuple(specs))
+
+
+def _check_paired(out_features: int, parts: list[tuple[LogicalLinear, int, int]]) -> None:
+    layer = parts[0][0]
+    whole = len(parts) == 1 and layer.n == out_features and layer.segments == (0,)
+    if not whole or layer.n % (2 * RUN) or layer.act_unsigned or layer.precision == "w4a16":
+        found = f"{len(parts)} parts, the first {layer.precision}{' unsigned' if layer.act_unsigned else ''} with {layer.n} rows"
+        raise ValueError(
+            f"a linear whose values and gates are paired is one signed W4A4 part in one segment, its rows a multiple of {2 * RUN}: "
+            f"this one has {out_features} rows and {found} in {len(layer.segments)} segments"
+        )
 
 
 def _pair_name(layer: LogicalLinear) -> str:
@@ -464,8 +499,14 @@ def pack(spec: PackSpec, layers: list[LogicalLinear], out: Tensor | None = None)
     out[:ALIGN].copy_(torch.frombuffer(bytearray(_header(spec)), dtype=torch.uint8))
     for view, layer in zip(views(spec, out), layers, strict=True):
         _check_layer(view.spec, layer)
-        _fill(view, layer)
+        _fill(view, _reordered(layer, in_pairs) if view.spec.paired else layer)
     return out
+
+
+def _reordered(layer: LogicalLinear, order: Callable[[Tensor], Tensor]) -> LogicalLinear:
+    """The layer with its rows in another order; the bias, which is not packed, stays."""
+    fields = ("codes", "scales", "up", "channel_scale")
+    return replace(layer, **{name: order(t) for name in fields if (t := getattr(layer, name)) is not None})
 
 
 def _check_layer(part: PartSpec, layer: LogicalLinear) -> None:
@@ -568,7 +609,7 @@ def unpack_view(view: PartView) -> LogicalLinear:
     down = None
     if view.down is not None:
         down = view.down[:k].view(k, len(part.segments), part.rank_padded)[:, :, :rank].permute(1, 2, 0).reshape(-1, k)
-    return LogicalLinear(
+    layer = LogicalLinear(
         precision=part.precision,
         codes=(_sign_magnitude(codes) if part.code_form == "e4m3" else codes).contiguous(),
         scales=view.scales[:groups, :n].t().contiguous(),
@@ -580,3 +621,4 @@ def unpack_view(view: PartView) -> LogicalLinear:
         act_unsigned=part.act_unsigned,
         segments=part.segments,
     )
+    return _reordered(layer, in_order) if part.paired else layer

@@ -12,13 +12,13 @@ from .layout import PartSpec, PartView
 from .norm_modulate import Norm
 from .smooth_quantize import QuantizedInput, smooth_quantize
 from .targets import Target, target_for, triton_reason
-from .w4_matmul_torch import PLAIN, Finish, Peak, check_operands, w4_matmul_torch
+from .w4_matmul_torch import PLAIN, Finish, Peak, check_operands, swiglu_torch, w4_matmul_torch
 
-__all__ = ["Finish", "Peak", "finds_peak", "quantize_for", "w4_matmul"]
+__all__ = ["Finish", "Peak", "finds_peak", "quantize_for", "swiglu_torch", "w4_matmul"]
 
 
 def w4_matmul(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish = PLAIN) -> Tensor:
-    """Writes y [M, N] of a quantised linear into `out` and returns it.
+    """Writes y [M, N] of a quantised linear into `out` and returns it; with SwiGLU h [M, N/2].
 
     out     [M, N] of any strides, also a slice of a wider tensor; may be `finish.residual` itself
     bias    [N] of any float type

@@ -4,9 +4,11 @@
     y = round(y)                                            the one rounding to out.dtype
     y = round(gelu_tanh(y))     for outputs n >= gelu_from
     y = round(residual + gate*y)
+    h = round(v * silu(g))      SwiGLU: v the first N/2 of y, g the last N/2, fp16 saturating at its largest number; h is the result
 
 W is codes * group scales; for e4m3 activations as expand_weight_torch.py rounds it.
 shift_bias belongs to act_unsigned layers whose activations were not shifted (fast): the file's bias compensates for a shift.
+Outputs, and a bias, are in the order of the linear's outputs, also where a part stores its rows in pairs (layout.py).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from .block_scale import BLOCK
 from .expand_weight_torch import expand_weight_torch
-from .layout import PartView, signed_codes
+from .layout import PartSpec, PartView, in_order, signed_codes
 from .norm_modulate import batch_rows
 from .smooth_quantize_torch import QuantizedInput, divided_by_smooth
 
@@ -46,6 +48,7 @@ class Finish:
     accumulate    add out's old value before the rounding
     gelu_from     outputs n >= gelu_from end in gelu_tanh
     gate          [B, N] with residual [M, N]: y = residual + gate[m // rows_per_batch] * y
+    swiglu        the result is [M, N/2]: values times silu of their gates; paired parts only, and nothing of the above with it
     peak          where to leave the row maxima of the result; with the kernel for many tokens only
     """
 
@@ -55,6 +58,11 @@ class Finish:
     residual: Tensor | None = None
     rows_per_batch: int = 1 << 30
     peak: Peak | None = None
+    swiglu: bool = False
+
+    def columns(self, spec: PartSpec) -> int:
+        """Of the result."""
+        return spec.n // 2 if self.swiglu else spec.n
 
 
 PLAIN = Finish()
@@ -71,14 +79,17 @@ def check_operands(q: QuantizedInput, part: PartView, out: Tensor, finish: Finis
     rows = q.codes.shape[0]
     if q.codes.shape[1] != spec.k_padded:
         raise ValueError(f"the quantised input has {q.codes.shape[1]} columns, the layer has {spec.k_padded}")
-    if tuple(out.shape) != (rows, spec.n):
-        raise ValueError(f"out has shape {list(out.shape)}, expected [{rows}, {spec.n}]")
+    columns = finish.columns(spec)
+    if tuple(out.shape) != (rows, columns):
+        raise ValueError(f"out has shape {list(out.shape)}, expected [{rows}, {columns}]")
+    if finish.swiglu and not (spec.paired and finish.gelu_from is None and gate is None and residual is None and not finish.accumulate):
+        raise ValueError("SwiGLU ends linears whose rows are stored in pairs, and no other ending goes with it")
     if (gate is None) != (residual is None):
         raise ValueError("gate and residual belong together: give both or neither")
     peak = finish.peak
     if peak is not None:
         fits = peak.amax.shape == (rows,) and peak.amax.dtype == torch.float32 and peak.amax.is_contiguous()
-        if not fits or not 0 <= peak.first <= spec.n <= peak.first + peak.smooth.shape[0]:
+        if not fits or not 0 <= peak.first <= columns <= peak.first + peak.smooth.shape[0]:
             found = f"{peak.amax.dtype} amax {list(peak.amax.shape)} and smooth {list(peak.smooth.shape)} from output {peak.first} on"
             raise ValueError(f"peak has {found}, the result has shape {list(out.shape)}; amax is contiguous float32, a number a row")
     if gate is None:
@@ -103,7 +114,10 @@ def dequantized_input(q: QuantizedInput, code_form: str) -> Tensor:
 
 
 def dequantized_weight(part: PartView, kind: str = "int4") -> Tensor:
-    """fp32 [N, Kp]: what activations of `kind` meet: codes times group scales, without channel_scale and smooth; rounded for "e4m3"."""
+    """fp32 [N, Kp]: what activations of `kind` meet: codes times group scales, without channel_scale and smooth; rounded for "e4m3".
+
+    Rows as the part stores them.
+    """
     n, group = part.spec.n, part.spec.group
     if kind == "e4m3":
         weight = expand_weight_torch(part, "e4m3")
@@ -122,6 +136,17 @@ def lowrank_product(lowrank: Tensor, up: Tensor, segments: tuple[int, ...], n: i
     return torch.cat([h @ up[a:b].float().t() for h, a, b in zip(columns, segments, ends, strict=True)], dim=1)
 
 
+def swiglu_torch(y: Tensor) -> Tensor:
+    """[..., N], values first and gates last -> values * silu(gates) [..., N/2] in y's type, rounded once."""
+    values, gates = saturated(y.float(), y.dtype).chunk(2, -1)
+    return saturated(values * F.silu(gates), y.dtype).to(y.dtype)
+
+
+def saturated(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 y with nothing that becomes an infinity in float16, where `dtype` is that."""
+    return y.clamp(-65504.0, 65504.0) if dtype == torch.float16 else y
+
+
 def w4_matmul_torch(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish = PLAIN) -> Tensor:
     """Writes y [M, N] into `out` (any strides) and returns it. Arguments as `w4_matmul`. Raises ValueError as `check_operands`."""
     check_operands(q, part, out, finish)
@@ -133,6 +158,8 @@ def w4_matmul_torch(q: QuantizedInput, part: PartView, bias: Tensor | None, out:
         y += lowrank_product(q.lowrank, part.up, spec.segments, spec.n)
     if q.extra is not None:
         y += lowrank_product(q.extra, part.extra.up, part.extra.segments, spec.n)
+    if spec.paired:
+        y = in_order(y.t()).t()
     if bias is not None:
         y += bias.float()
     if spec.act_unsigned and q.kind in ("e4m3", "int8"):
@@ -144,9 +171,11 @@ def w4_matmul_torch(q: QuantizedInput, part: PartView, bias: Tensor | None, out:
         y[:, finish.gelu_from :] = F.gelu(y[:, finish.gelu_from :].float(), approximate="tanh").to(out.dtype)
     if finish.gate is not None:
         y = finish.residual.float() + batch_rows(finish.gate, y.shape[0], finish.rows_per_batch) * y.float()
+    if finish.swiglu:
+        y = swiglu_torch(y)
     out.copy_(y)  # rounds to out.dtype
     if finish.peak is not None:
         peak = finish.peak
-        v = divided_by_smooth(out[:, peak.first :], peak.smooth[: spec.n - peak.first], peak.shifted)
+        v = divided_by_smooth(out[:, peak.first :], peak.smooth[: out.shape[1] - peak.first], peak.shifted)
         torch.maximum(peak.amax, v.abs().amax(1), out=peak.amax)
     return out

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .int_to_float import by_magic
-from .layout import PartView
-from .rounding import dot_split, inverse_of, operand, rounded, storable
+from .layout import RUN, PartView
+from .rounding import dot_split, inverse_of, operand, rounded, rounded_pairs, storable
 from .smooth_quantize_torch import QuantizedInput
 from .targets import interpreting, launch_device, target_for
 from .tiles import matmul_tile
@@ -30,6 +30,7 @@ from .w4_matmul_torch import Finish
 FAR = (1 << 31) - 1  # a segment start that no output reaches
 SEGMENT_STARTS = ("seg1", "seg2", "seg3", "xseg1", "xseg2", "xseg3")
 GROUP_M = 8
+_RUN = tl.constexpr(RUN)
 
 
 # The same steps as the Triton forms below, on four codes in a 32-bit register at once. In order: nibble moved to the low half of its
@@ -170,6 +171,41 @@ def finish_rows(
     return y
 
 
+@triton.jit
+def logical_rows(n, N):
+    """The outputs that stored rows n of a paired part are; rows behind the last are themselves."""
+    run = n // _RUN
+    return tl.where(n < N, run // 2 * _RUN + n % _RUN + run % 2 * (N // 2), n)
+
+
+@triton.jit
+def _saturated(y, DTYPE: tl.constexpr):
+    if tl.float16 == DTYPE:
+        y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+    return y
+
+
+@triton.jit
+def swiglu_rows(y, out, n0, m, M, N, out_row, out_col, BN: tl.constexpr, BM: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr):
+    """SwiGLU and store of y [BN, BM], rows of a paired part from n0 on. Returns the outputs' numbers [BN / 2] and h [BM, BN / 2].
+
+    Rows r and r + 8 of 16 lie in one thread on NVIDIA's accumulators: nothing moves before the store.
+    """
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    y = rounded_pairs(_saturated(y, DTYPE), DTYPE, PTX, EMULATE)
+    values, gates = tl.split(tl.permute(tl.reshape(y, (BN // (2 * _RUN), 2, _RUN, BM)), (0, 2, 3, 1)))
+    below = 1.0 + tl.exp2(-1.4426950408889634 * gates)
+    if PTX:
+        h = values * (gates * inverse_of(below, PTX))  # a division would be half of this
+    else:
+        h = values * (gates / below)
+    h = tl.trans(tl.reshape(rounded_pairs(_saturated(h, DTYPE), DTYPE, PTX, EMULATE), (BN // 2, BM)))
+    n = n0 // 2 + tl.arange(0, BN // 2)
+    mask = (m < M)[:, None] & (n < N // 2)[None, :]
+    tl.store(out + m.to(tl.int64)[:, None] * out_row + n[None, :] * out_col, storable(h, DTYPE, EMULATE), mask=mask)
+    return n, h
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_batch", "gelu_from", *SEGMENT_STARTS])
 def _w4_matmul(
     x, x_scales, lowrank, extra, codes, scales, up, extra_up, channel_scale, shift_bias, bias, out, residual, gate,
@@ -177,8 +213,8 @@ def _w4_matmul(
     h_row, extra_row, extra_rank, xseg1, xseg2, xseg3,
     KIND: tl.constexpr, E4M3: tl.constexpr, FOLD: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, XB: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
-    GATE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, PTX: tl.constexpr, MAGIC: tl.constexpr,
-    EMULATE: tl.constexpr,
+    GATE: tl.constexpr, PAIRED: tl.constexpr, SWIGLU: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr,
+    PTX: tl.constexpr, MAGIC: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """KIND: "group" (int4: a scale per 64 on both sides; E4M3 says in which form), "plain" (NVFP4)."""
     # Programs that run together share weight rows and token rows: walk GROUP_M token tiles for every weight tile.
@@ -229,14 +265,19 @@ def _w4_matmul(
         acc = _add_lowrank(acc, lowrank, up, n, token, segment_of(n0, seg1, seg2, seg3), h_row, RANK, RB, EMULATE)
     if XB > 0:
         acc = _add_lowrank(acc, extra, extra_up, n, token, segment_of(n0, xseg1, xseg2, xseg3), extra_row, extra_rank, XB, EMULATE)
+    if PAIRED:
+        n = logical_rows(n, N)
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if HAS_SHIFT:
         acc += tl.load(shift_bias + n)[:, None]
-    finish_rows(
-        tl.trans(acc), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch, gelu_from,
-        ACCUMULATE, GELU, GATE, PTX, EMULATE,
-    )  # fmt: skip
+    if SWIGLU:
+        swiglu_rows(acc, out, n0, m, M, N, out_row, out_col, BN, BM, PTX, EMULATE)
+    else:
+        finish_rows(
+            tl.trans(acc), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch,
+            gelu_from, ACCUMULATE, GELU, GATE, PTX, EMULATE,
+        )  # fmt: skip
 
 
 def check_segments(part: PartView) -> None:
@@ -268,7 +309,7 @@ def launch_switches(part: PartView, rank: int, shift: bool, bias: Tensor | None,
     return {
         "RANK": rank, "HAS_CHANNEL": part.channel_scale is not None, "HAS_SHIFT": shift,
         "HAS_BIAS": bias is not None, "ACCUMULATE": finish.accumulate, "GELU": finish.gelu_from is not None,
-        "GATE": finish.gate is not None, "EMULATE": interpreting(),
+        "GATE": finish.gate is not None, "PAIRED": part.spec.paired, "SWIGLU": finish.swiglu, "EMULATE": interpreting(),
     }  # fmt: skip
 
 

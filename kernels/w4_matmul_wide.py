@@ -31,8 +31,10 @@ from .w4_matmul_triton import (
     finish_rows,
     launch_sizes,
     launch_switches,
+    logical_rows,
     rank_step,
     segment_of,
+    swiglu_rows,
     unit_gate,
 )
 
@@ -114,8 +116,9 @@ def _w4_matmul_wide(
     KIND: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, FETCH: tl.constexpr, XB: tl.constexpr, EXTRA_FETCH: tl.constexpr,
     JOINED: tl.constexpr,
     HAS_CHANNEL: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, GELU: tl.constexpr,
-    GATE: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    GROUP_M: tl.constexpr, PIECES: tl.constexpr, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr, PTX: tl.constexpr, EMULATE: tl.constexpr,
+    GATE: tl.constexpr, PAIRED: tl.constexpr, SWIGLU: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PIECES: tl.constexpr, TF32: tl.constexpr, COPY_ENGINE: tl.constexpr,
+    PTX: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Rows start to M of out.
 
@@ -186,6 +189,8 @@ def _w4_matmul_wide(
             acc = _add_lowrank(acc, extra_up, extra, w_rows, x_rows, xseg, extra_row, extra_rank, XB, TF32, COPY_ENGINE, EMULATE)
     # The ending piece by piece: fewer registers at once.
     pieces = _pieces(acc, BN, BM, PIECES)
+    if PAIRED:
+        n = logical_rows(n, N)
     for i in tl.static_range(PIECES):
         y = pieces[i]
         m = m0 + i * (BM // PIECES) + tl.arange(0, BM // PIECES)
@@ -193,16 +198,23 @@ def _w4_matmul_wide(
             y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if HAS_SHIFT:
             y += tl.load(shift_bias + n)[:, None]
-        y = finish_rows(
-            tl.trans(y), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch,
-            gelu_from, ACCUMULATE, GELU, GATE, PTX, EMULATE,
-        )  # fmt: skip
+        if SWIGLU:
+            col, y = swiglu_rows(y, out, n0, m, M, N, out_row, out_col, BN, BM // PIECES, PTX, EMULATE)
+        else:
+            y = finish_rows(
+                tl.trans(y), out, residual, gate, n, m, M, N, out_row, out_col, residual_row, residual_col, gate_row, rows_per_batch,
+                gelu_from, ACCUMULATE, GELU, GATE, PTX, EMULATE,
+            )  # fmt: skip
         if PEAK:
-            if GATE or not GELU:  # a GELU's result is rounded already
-                y = rounded(y, out.dtype.element_ty, EMULATE)
-            y = tl.where((n >= peak_first)[None, :], y, 0.0)
-            col = tl.where(n >= peak_first, n - peak_first, N)  # N: beyond the next layer's K
-            largest = largest_smoothed(y, next_smooth, col, N - peak_first, out.dtype.element_ty, PEAK == 2, PTX, EMULATE)
+            if SWIGLU:
+                width = N // 2
+            else:
+                if GATE or not GELU:  # a GELU's result is rounded already
+                    y = rounded(y, out.dtype.element_ty, EMULATE)
+                y = tl.where((n >= peak_first)[None, :], y, 0.0)
+                col = tl.where(n >= peak_first, n - peak_first, N)  # N: beyond the next layer's K
+                width = N - peak_first
+            largest = largest_smoothed(y, next_smooth, col, width, out.dtype.element_ty, PEAK == 2, PTX, EMULATE)
             # As integers, numbers from 0 on have the same order: a maximum that does not depend on who comes first.
             tl.atomic_max(peak + m, largest.to(tl.int32, bitcast=True), mask=m < M, sem="relaxed")
 

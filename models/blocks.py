@@ -374,6 +374,9 @@ class Leaves:
         """The host linear of this name. paired: its rows are values and gates (Ending.swiglu)."""
         host = self._linears[name]
         module = self._left_in_16_bit(host) if host.kind == "plain" else self._packed(host, paired)
+        pieces = self.checkpoint.pieces(host)
+        if len(pieces) > 1:
+            module.pieces = pieces
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, len(self._linears))

@@ -17,7 +17,7 @@ from ..kernels import layout
 from ..kernels.norm_modulate import Norm, norm_modulate
 from ..kernels.t5_layout import T5Spec
 from ..kernels.targets import resolve_compute
-from ..kernels.w4_matmul import Finish, Peak, finds_peak, quantize_for, w4_matmul
+from ..kernels.w4_matmul import Finish, Peak, finds_peak, quantize_for, swiglu_torch, w4_matmul
 from ..kernels.w4a16_linear import w4a16_linear
 from .lora import Side
 from .runtime import Runtime
@@ -30,9 +30,11 @@ LARGEST_FP16 = 65504.0
 
 @dataclass(frozen=True)
 class Ending:
-    """What follows a linear inside its kernel: GELU(tanh) from output row `gelu_from` on, or residual + gate * y.
+    """What follows a linear inside its kernel: GELU(tanh) from output row `gelu_from` on, residual + gate * y, or SwiGLU.
 
     gate: [B, N]; residual: [B, L, N]. Results equal the same steps done apart (the linear's result is rounded first).
+    swiglu: the first N/2 outputs are values, the last N/2 their gates: the linear returns values * silu(gates) [B, L, N/2]. A packed linear
+    stores its rows in pairs for it (layout.plan), and nothing else may follow.
     peak: see peak_between.
     """
 
@@ -40,12 +42,15 @@ class Ending:
     gate: Tensor | None = None
     residual: Tensor | None = None
     peak: Peak | None = None
+    swiglu: bool = False
 
 
 def apply_ending(y: Tensor, ending: Ending | None) -> Tensor:
     """`ending` in torch on y [B, L, N]: the same rounding points as the kernel's."""
     if ending is None:
         return y
+    if ending.swiglu:
+        return swiglu_torch(y)
     if ending.gelu_from is not None:
         y = torch.cat((y[..., : ending.gelu_from], F.gelu(y[..., ending.gelu_from :], approximate="tanh")), -1)
     if ending.gate is not None:
@@ -232,7 +237,8 @@ class PackedLinear(PackedLeaf):
 
         x: [B, L, K], or a list of one [B, L, K_i] per part of a linear split along K, which may be emptied so that the inputs can be freed
         early. norm: LayerNorm and modulation of x before it. peak: what the linear before found of the last part's input.
-        out: [B, L, N] to write to (any strides but a contiguous last dimension), else a new tensor. Returns [B, L, N] in x's type.
+        out: [B, L, N] to write to (any strides but a contiguous last dimension), else a new tensor. Returns [B, L, N] in x's type;
+        N/2 where it ends in SwiGLU.
         """
         if "forward" not in self.__dict__:
             return self._run(x, compute, norm, ending, out, peak)
@@ -355,7 +361,7 @@ def fused_linear(
 ) -> Tensor:
     """Quantise, multiply, end. xs: [B, L, K_i] per part; emptied."""
     batch, length = xs[0].shape[:2]
-    rows, columns = batch * length, spec.out_features
+    rows, columns = batch * length, spec.out_features // 2 if ending.swiglu else spec.out_features
     inputs = []
     for part in parts:  # all of them before the output exists, letting go of each input: the peak of a whole step is here
         known = peak.amax if peak is not None and part is parts[-1] else None
@@ -373,9 +379,10 @@ def fused_linear(
             gate=cut(ending.gate, first, n) if last else None,
             residual=cut(residual, first, n) if last else None,
             rows_per_batch=max(length, 1),
-            peak=ending.peak if last and first + n == columns else None,
+            peak=ending.peak if last and first + n == spec.out_features else None,
+            swiglu=ending.swiglu,
         )
-        w4_matmul(q, part, cut(bias, first, n) if last else None, cut(y, first, n), finish)
+        w4_matmul(q, part, cut(bias, first, n) if last else None, y if ending.swiglu else cut(y, first, n), finish)
     if direct:
         return out
     y = y.view(batch, length, columns)
@@ -385,7 +392,8 @@ def fused_linear(
 def peak_between(first: Linear, second: Linear, gelu_from: int, rows: int, compute: str, device: torch.device) -> Peak | None:
     """Where `first` leaves the row maxima that `second` needs to quantise its last part's input, which is first's output from gelu_from on.
 
-    None where first does not find them, or where it would have to know weights of second that are elsewhere.
+    What a linear that stores its rows in pairs puts out is its SwiGLU, gelu_from then 0. None where first does not find them, or where it
+    would have to know weights of second that are elsewhere.
     """
     if torch.compiler.is_compiling() or not isinstance(first, PackedLinear) or not isinstance(second, PackedLinear):
         return None
@@ -398,7 +406,8 @@ def peak_between(first: Linear, second: Linear, gelu_from: int, rows: int, compu
         return None
     last = second._parts(held["weight"])[-1]
     makers = [p for p in first.spec.parts if p.row_offset + p.n > gelu_from]
-    if len(makers) != 1 or first.spec.out_features - gelu_from != last.spec.k or not finds_peak(makers[0], device, compute, rows):
+    outputs = first.spec.out_features // 2 if first.spec.parts[0].paired else first.spec.out_features
+    if len(makers) != 1 or outputs - gelu_from != last.spec.k or not finds_peak(makers[0], device, compute, rows):
         return None
     shifted = last.spec.act_unsigned and compute == "exact"
     amax = torch.zeros(rows, dtype=torch.float32, device=device)

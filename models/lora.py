@@ -3,6 +3,9 @@
 The columns of a part are a Columns (kernels/layout.py): y += (x @ down) @ up^T, as the layer's own low-rank branch. Where LoRAs concern
 only some rows (a fused qkv with separate q, k and v), the part's rows are cut into segments with columns of their own, so that no row
 multiplies the zeros of another: the kernels take up to four, which begin at multiples of 128 rows.
+
+Terms, deltas and results have their rows in the outputs' order. Columns of a part that stores its rows in pairs (kernels/layout.py) lie as
+the part does, in one segment.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.layout import TILE, Columns, PackSpec, PartSpec
+from ..kernels.layout import TILE, Columns, PackSpec, PartSpec, in_order
 
 MOST_SEGMENTS = 4
 RANKS = 16  # ranks are filled up to multiples of this
@@ -55,7 +58,7 @@ def plan_part(part: PartSpec, shapes: list[Shape]) -> Cut | None:
         return None
     edges = {0} | {e for rows in inside if rows for e in rows if e < part.n}
     plans = [_layout((0,), part, shapes, inside)]
-    if 1 < len(edges) <= MOST_SEGMENTS and all(e % TILE == 0 for e in edges):
+    if not part.paired and 1 < len(edges) <= MOST_SEGMENTS and all(e % TILE == 0 for e in edges):
         plans.append(_layout(tuple(sorted(edges)), part, shapes, inside))
     return min(plans, key=lambda cut: cut.rank)
 
@@ -120,9 +123,9 @@ class Side:
         device = self.tensors()[0].device
         total = torch.zeros(spec.out_features, spec.in_features, device=device) if self.delta is None else self.delta.float().clone()
         for part, c in zip(spec.parts, self.columns, strict=True):
-            for first, end, down in _by_segment(part, c):
+            for first, end, down, up in _by_segment(part, c):
                 rows, cols = part.row_offset, slice(part.col_offset, part.col_offset + part.k)
-                total[rows + first : rows + end, cols] += c.up[first:end].float() @ down[: part.k].float().t()
+                total[rows + first : rows + end, cols] += up.float() @ down[: part.k].float().t()
         return total
 
     def add(self, spec: PackSpec, y: Tensor, x: Tensor) -> Tensor:
@@ -131,20 +134,22 @@ class Side:
         total = y.reshape(-1, y.shape[-1]).clone()
         for part, c in zip(spec.parts, self.to(x.device).columns, strict=True):
             source = rows[:, part.col_offset : part.col_offset + part.k]
-            for first, end, down in _by_segment(part, c):
+            for first, end, down, up in _by_segment(part, c):
                 out = total[:, part.row_offset + first : part.row_offset + end]
-                out.addmm_(source @ down[: part.k].to(x.dtype), c.up[first:end].to(x.dtype).t())
+                out.addmm_(source @ down[: part.k].to(x.dtype), up.to(x.dtype).t())
         if self.delta is not None:
             total.addmm_(rows, self.delta.to(x.device, x.dtype).t())
         return total.view(y.shape)
 
 
-def _by_segment(part: PartSpec, columns: Columns | None) -> list[tuple[int, int, Tensor]]:
-    """(first row, end, down [Kp, R]) of every segment."""
+def _by_segment(part: PartSpec, columns: Columns | None) -> list[tuple[int, int, Tensor, Tensor]]:
+    """(first row, end, down [Kp, R], up [end - first, R]) of every segment."""
     if columns is None:
         return []
     ends = (*columns.segments[1:], part.n)
-    return list(zip(columns.segments, ends, columns.down.split(columns.up.shape[1], 1), strict=True))
+    up = in_order(columns.up[: part.n]) if part.paired else columns.up
+    ups = [up[first:end] for first, end in zip(columns.segments, ends, strict=True)]
+    return list(zip(columns.segments, ends, columns.down.split(columns.up.shape[1], 1), ups, strict=True))
 
 
 def make_side(spec: PackSpec, terms: list[Term], delta: Tensor | None, device: torch.device, dtype: torch.dtype) -> Side | None:
@@ -184,4 +189,8 @@ def _fill(part: PartSpec, cut: Cut, columns: Columns, term: Term, places: tuple[
         rows = up[first + part.row_offset - row : end + part.row_offset - row]
         # The scale is folded into up, rounded once.
         same = rows if rows.dtype == columns.up.dtype else rows.float()
-        torch.mul(same, term.scale, out=columns.up[first:end, place : place + r])
+        if part.paired:
+            at = in_order(torch.arange(part.n, device=up.device))[first:end]
+            columns.up[at, place : place + r] = (same * term.scale).to(columns.up.dtype)
+        else:
+            torch.mul(same, term.scale, out=columns.up[first:end, place : place + r])

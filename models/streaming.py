@@ -113,12 +113,13 @@ class Streamer:
     """Streams these blocks to `device`, in their order and from the last to the first again. Its leaves ask it for their tensors.
 
     network: what runs the blocks, if they are not all of it. When it is called the first ones are fetched, beside whatever it does first.
+    pin: whether the blocks wait in page-locked memory. From ordinary memory copies take longer, and the CPU waits for them.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, network: nn.Module | None = None):
-        self.device, self.blocks = device, list(blocks)
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, network: nn.Module | None = None, pin: bool = True):
+        self.device, self.blocks, self.pin = device, list(blocks), pin
         self._on_gpu = device.type == "cuda"
-        self._slabs = [gather(block, self._on_gpu) for block in blocks]
+        self._slabs = [gather(block, self._on_gpu and pin) for block in blocks]
         self._index = {leaf: i for i, block in enumerate(blocks) for leaf in leaves_of(block)}
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
         sizes = [slab.host.nbytes for slab in self._slabs]

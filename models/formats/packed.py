@@ -93,6 +93,11 @@ class PackedCheckpoint:
         for native, _, _, make in self._plain():
             yield native, make()
 
+    def outside_blocks(self) -> dict[str, Tensor]:
+        """plain_tensors() around the blocks: embedders, final layer."""
+        stacks = {host.name.partition(".")[0] for host in self.layout.linears}
+        return {name: make() for name, _, _, make in self._plain() if name.partition(".")[0] not in stacks}
+
     def plain_specs(self) -> list[tuple[str, tuple[int, ...], str]]:
         """(native name, shape, safetensors dtype) of what plain_tensors yields, in its order, from the header alone."""
         return [(native, shape, dtype) for native, shape, dtype, _ in self._plain()]

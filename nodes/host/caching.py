@@ -20,18 +20,20 @@ from ...models.first_block_cache import KEY, CacheConfig, Call, Run
 log = logging.getLogger(__name__)
 
 RUN = "tonfa_first_block_cache_run"  # of transformer_options: the Run under way
-NODE = "Nunchaku FLUX DiT Loader"
 
 
-def cache_config(threshold: float, single: float, start: float, end: float, most: int) -> CacheConfig:
-    """The node's values, which any saved graph may hold: with one that means nothing the cache is off, and the log says why."""
+def cache_config(threshold: float, single: float, start: float, end: float, most: int, title: str) -> CacheConfig:
+    """The node's values, which any saved graph may hold: with one that means nothing the cache is off, and the log says why.
+
+    title: the node's, for the log.
+    """
     shares = {"cache_threshold": threshold, "cache_threshold_single": single, "cache_start_percent": start, "cache_end_percent": end}
     for name, value in shares.items():
         if not 0 <= value <= 1:
-            log.warning("%s: %s is %s, not a number from 0 to 1: the first-block cache is off.", NODE, name, value)
+            log.warning("%s: %s is %s, not a number from 0 to 1: the first-block cache is off.", title, name, value)
             return CacheConfig()
     if threshold > 0 and start >= end:
-        log.warning("%s: cache_start_percent %s is not before cache_end_percent %s: the first-block cache is off.", NODE, start, end)
+        log.warning("%s: cache_start_percent %s is not before cache_end_percent %s: the first-block cache is off.", title, start, end)
         return CacheConfig()
     return CacheConfig(threshold, single, start, end, max(int(most), 0))
 
@@ -68,7 +70,7 @@ def new_run(patcher: comfy.model_patcher.ModelPatcher, config: CacheConfig) -> R
     network, sampling = patcher.model.diffusion_model, patcher.get_model_object("model_sampling")
     high = math.inf if config.start <= 0 else float(sampling.percent_to_sigma(config.start))
     low = -math.inf if config.end >= 1 else float(sampling.percent_to_sigma(config.end))
-    return Run(config, len(network.double_blocks), len(network.single_blocks), low, high, has_room)
+    return Run(config, *network.cached_blocks(), low, high, has_room)
 
 
 def has_room(device: torch.device, size: int) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...models.formats.flux_names import host_linears, plain_specs
 from ...models.formats.tensorfile import CheckpointError
 from ...models.formats.writer import dims_of
-from .shell import TonfaFlux, norm_parameter
+from .flux_shell import TonfaFlux, norm_parameter
 
 log = logging.getLogger(__name__)
 

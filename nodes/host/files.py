@@ -36,7 +36,9 @@ class Shelf:
     families: tuple[str, ...] = ()
 
 
-MODELS = Shelf("diffusion_models", "model", "a SVDQuant FLUX checkpoint", "model_path", kin=True, families=("flux.1",))
+MODELS = Shelf(  # any of the loaders opens a file of any family
+    "diffusion_models", "model", "a SVDQuant checkpoint", "model_path", kin=True, families=("flux.1", "qwen-image", "z-image")
+)
 TEXT_ENCODERS = Shelf("text_encoders", "text encoder", "clip_l.safetensors and a T5-XXL file", "text_encoder1", families=("text encoder",))
 LORAS = Shelf("loras", "LoRA", "a LoRA file", "lora_name")
 

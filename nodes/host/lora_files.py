@@ -24,6 +24,7 @@ from ...models.formats.lora_family import lora_family
 from ...models.formats.tensorfile import TensorFile
 from ...models.linear import PackedLinear
 from .files import LORAS, identity, names_in, path_in, resolve
+from .stacked import windows_of
 
 log = logging.getLogger(__name__)
 
@@ -234,20 +235,44 @@ def base_pairs(network: Module) -> Callable[[str], tuple[Tensor, Tensor] | None]
 
 
 def teach_stock_nodes() -> None:
-    """Lets the host's LoRA nodes read what they would leave out of FLUX.1 LoRAs (xlabs, PEFT prefixes, bare names and so on).
+    """Lets the host's LoRA nodes read what they would leave out. Two functions of the host are wrapped, once a process, when a 4-bit model
+    is first made; other models see no difference.
 
-    Those nodes give a file's tensors to comfy.lora_convert.convert_lora before anything else, and to nothing of ours: that function is
-    the only place where a format can be added. It is wrapped once a process, when a 4-bit model is first made. What the host reads
-    itself, and every other family's file, goes through it untouched, so other models see no difference.
+    comfy.lora_convert.convert_lora, for FLUX.1's formats (xlabs, PEFT prefixes, bare names and so on): those nodes give a file's tensors
+    to it before anything else, and to nothing of ours. What the host reads itself, and every other family's file, goes through untouched.
+    comfy.lora.model_lora_keys_unet, for Qwen-Image and Z-Image: it tells which names of a file mean which layer of a model, and knows
+    neither the layers that are stacked in ours nor some trainers' prefixes.
     """
     if hasattr(comfy.lora_convert, "tonfa_wraps"):
         return
-    original = comfy.lora_convert.tonfa_wraps = comfy.lora_convert.convert_lora
+    convert = comfy.lora_convert.tonfa_wraps = comfy.lora_convert.convert_lora
+    name_keys = comfy.lora.model_lora_keys_unet
 
     def convert_lora(sd: dict, *args: object, **kwargs: object) -> dict:
-        return original(for_the_host(sd), *args, **kwargs)
+        return convert(for_the_host(sd), *args, **kwargs)
 
-    comfy.lora_convert.convert_lora = convert_lora
+    def model_lora_keys_unet(model: Module, *args: object, **kwargs: object) -> dict:
+        names = name_keys(model, *args, **kwargs)
+        return add_names(model, names) if getattr(model, "tonfa_family", "flux") != "flux" else names
+
+    comfy.lora_convert.convert_lora, comfy.lora.model_lora_keys_unet = convert_lora, model_lora_keys_unet
+
+
+DOTTED = ("", "diffusion_model.", "transformer.", "unet.", "base_model.model.", "base_model.model.transformer.")
+UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
+
+
+def add_names(model: Module, names: dict[str, object]) -> dict[str, object]:
+    """The host's map from a LoRA's names to a model's keys, with every trainer's name of every layer, also of those stacked in ours."""
+    keys = [key for key in (*model.state_dict(), *windows_of(model)) if key.endswith(".weight")]
+    layers = {key.removeprefix("diffusion_model.").removesuffix(".weight"): key for key in keys if key.startswith("diffusion_model.")}
+    layers |= {name: target for name, target in names.items() if f"transformer.{name}" in names}  # diffusers' names, where they differ
+    for name, target in layers.items():
+        for prefix in DOTTED:
+            names.setdefault(prefix + name, target)
+        for prefix in UNDERSCORED:
+            names.setdefault(prefix + name.replace(".", "_"), target)
+    return names
 
 
 def for_the_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

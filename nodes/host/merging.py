@@ -20,12 +20,14 @@ from ...models.linear import PackedLeaf, PackedLinear
 from .branches import merged_weight
 from .patches import Patch, caught, completed, is_kind
 from .sides import Sides
+from .stacked import Window, sliced, windows_of
 
 
 class MergingPatcher(comfy.model_patcher.ModelPatcher):
     """A ModelPatcher of a model with packed leaves, as far as single weights are concerned."""
 
     _packed: tuple[nn.Module, dict[str, PackedLeaf]] | None = None
+    _windows: tuple[nn.Module, dict[str, Window]] | None = None
     _hidden: dict[str, list[Patch]] | None = None  # patches on packed keys, while the host's own code is not to see them
 
     @property
@@ -34,6 +36,13 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
         if self._packed is None or self._packed[0] is not self.model:  # newer hosts give a clone another model
             self._packed = self.model, {f"{n}.weight": m for n, m in self.model.named_modules() if isinstance(m, PackedLeaf)}
         return self._packed[1]
+
+    @property
+    def windows(self) -> dict[str, Window]:
+        """Key of a linear that the host has and that is rows of a stacked one here -> where they are. Looked up once, as `packed`."""
+        if self._windows is None or self._windows[0] is not self.model:
+            self._windows = self.model, windows_of(self.model)
+        return self._windows[1]
 
     @property
     def packed_patches(self) -> dict[str, list[Patch]]:
@@ -64,7 +73,11 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
     # -- patches that come in -------------------------------------------------------------------------------------------------------
 
     def add_patches(self, patches: dict, *args: object, **kwargs: object) -> list:
-        """As the host's; then puts merges (strength_model not 1, or "set") of biases right that lack their layer's input shift."""
+        """As the host's; then puts merges (strength_model not 1, or "set") of biases right that lack their layer's input shift.
+
+        Keys of linears that are rows of a stacked one become slices of it.
+        """
+        patches, asked = sliced(patches, self.windows)
         shifted = {name: self.shifted(name) for name in (key if isinstance(key, str) else key[0] for key in patches)}
         shifted = {name: (module, len(self.patches.get(name, ()))) for name, module in shifted.items() if module is not None}
         added = super().add_patches({key: completed(value) for key, value in patches.items()}, *args, **kwargs)
@@ -73,10 +86,12 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
                 kept = 0.0 if is_kind(patch[1], "set") else patch[2]
                 if kept != 1.0:
                     self.patches[name].append((kept - 1.0, ("diff", (shift_of(module),)), 1.0, None, shift_correction))
-        return added
+        return [asked.get(key, key) for key in added]
 
     def add_hook_patches(self, hook: object, patches: dict, *args: object, **kwargs: object) -> list:
-        return super().add_hook_patches(hook, {key: completed(value) for key, value in patches.items()}, *args, **kwargs)
+        patches, asked = sliced(patches, self.windows)
+        added = super().add_hook_patches(hook, {key: completed(value) for key, value in patches.items()}, *args, **kwargs)
+        return [asked.get(key, key) for key in added]
 
     def patch_weight_to_device(self, key: str, device_to: torch.device | None = None, *args: object, **kwargs: object) -> Tensor | None:
         """A packed weight stays as it is; any other is merged by the host, and left alone when the host cannot.
@@ -84,6 +99,9 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
         With `return_weight` (newer hosts: saving) the answer is what the dense model's weight or bias would be.
         """
         answers = kwargs.get("return_weight", args[1] if len(args) > 1 else False)
+        if answers and key in self.windows:
+            window = self.windows[key]
+            return window.of(self.patch_weight_to_device(window.stacked, device_to, return_weight=True))
         if key in self.packed:
             if not answers:
                 return self.packed[key].weight
@@ -126,15 +144,32 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
             if module is not None:
                 (bias, _), *rest = listed[key]
                 listed[key] = [(bias, functools.partial(add_shift, module)), *(p for p in rest if p[4] is not shift_correction)]
+        for key, window in self.windows.items():
+            if window.stacked in listed:
+                listed[key] = [(torch.empty(0), functools.partial(self._rows, window))]
+        for key in {window.stacked for window in self.windows.values()}:
+            listed.pop(key, None)
         return listed
+
+    def _rows(self, window: Window, *_: object, **__: object) -> Tensor:
+        """fp32: the rows of a stacked weight or bias, with this patcher's patches."""
+        return window.of(self.patch_weight_to_device(window.stacked, device_to=None, return_weight=True)).float()
 
     def model_state_dict(self, *args: object, **kwargs: object) -> dict:
         """The host's, with dense weights and plain biases for whoever reads them."""
         state = super().model_state_dict(*args, **kwargs)
+        for key, window in self.windows.items():
+            if window.stacked in state:
+                state[key] = window.placeholder(state[window.stacked])
+        for key in {window.stacked for window in self.windows.values()}:
+            state.pop(key, None)
         return DenseState(state, self._dense_value)
 
     def _dense_value(self, key: str, stored: Tensor) -> Tensor:
         """What a dense model's state dict would have for a key, as the model runs now."""
+        if key in self.windows:
+            window = self.windows[key]
+            return window.of(self._dense_value(window.stacked, comfy.utils.get_attr(self.model, window.stacked)))
         if key in self.packed:
             return merged_weight(self.packed[key], key, self.sides.patches(key)).to(self.compute_dtype)
         module = self.shifted(key)
@@ -154,7 +189,24 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
             saved[name] = comfy.model_patcher.LazyCastingParam(self, key, meta)
             if name in biases:
                 saved[biases[name]] = self._saved_bias(key, prefix + biases[name])
-        return {name: saved[name] for name in state}
+        saved = {name: saved[name] for name in state}
+        return self._taken_apart(saved, prefix)
+
+    def _taken_apart(self, saved: dict, prefix: str) -> dict:
+        """The same with the host's own linears in place of stacked ones."""
+        for key, window in self.windows.items():
+            whole = saved.get(window.stacked.removeprefix(prefix)) if key.startswith(prefix) else None
+            if whole is None:
+                continue
+            if key.endswith(".bias"):
+                saved[key.removeprefix(prefix)] = window.of(whole).clone()
+            else:
+                module = comfy.utils.get_attr(self.model, window.stacked.removesuffix(".weight"))
+                meta = torch.empty(window.rows, module.in_features, dtype=self.compute_dtype, device="meta")
+                saved[key.removeprefix(prefix)] = comfy.model_patcher.LazyCastingParam(self, key, meta)
+        for window in self.windows.values():
+            saved.pop(window.stacked.removeprefix(prefix), None)
+        return saved
 
     def _saved_bias(self, key: str, bias: str) -> Tensor:
         if self.sides.is_loaded(key):
@@ -232,6 +284,12 @@ def dense_for_saving(model: nn.Module, saved: dict[str, Tensor], prefix: str, dt
         saved[weight] = merged_weight(module, key, sides.patches(key) if sides is not None else []).to("cpu", dtype)
         if bias in saved:
             saved[bias] = add_shift(module, module.bias).to("cpu", dtype)
+    for key, window in windows_of(model).items():
+        whole = saved.get(prefix + window.stacked.removeprefix("diffusion_model."))
+        if whole is not None and not key.startswith(prefix):
+            saved[prefix + key.removeprefix("diffusion_model.")] = window.of(whole).clone()
+    for window in windows_of(model).values():
+        saved.pop(prefix + window.stacked.removeprefix("diffusion_model."), None)
     return saved
 
 

@@ -23,10 +23,12 @@ NO_LIMIT, NOTHING = 1e32, 0.1  # budgets as hosts give them
 
 @dataclass(frozen=True)
 class Offload:
-    """mode: "auto", "enable" or "disable". resident: with "enable", how many of the first blocks stay on the device."""
+    """mode: "auto", "enable" or "disable". With "enable": resident, how many of the first blocks stay on the device; pin, whether the
+    others wait in page-locked memory."""
 
     mode: str = "auto"
     resident: int = 1
+    pin: bool = True
 
     @property
     def streams(self) -> bool:
@@ -42,8 +44,7 @@ def streamed_blocks(model: nn.Module, offload: Offload) -> list[nn.Module]:
     network = getattr(model, "diffusion_model", None)
     if not offload.streams or network is None:
         return []
-    blocks = [*network.double_blocks, *network.single_blocks]
-    return blocks[max(offload.resident, 0) :]
+    return network.blocks()[max(offload.resident, 0) :]
 
 
 def streamed_nbytes(blocks: Sequence[nn.Module]) -> tuple[int, int]:
@@ -66,10 +67,10 @@ def start(patcher: TonfaPatcher, device: torch.device) -> None:
     moved, buffers = streamed_nbytes(blocks)
     patcher.model.model_loaded_weight_memory = patcher.model_size() - moved  # with the few buffers that partial loads do not count
     old = streamer_of(patcher.model)
-    if old is not None and old.device == device and old.blocks == blocks and old.is_whole():
+    if old is not None and old.device == device and old.blocks == blocks and old.pin == patcher.offload.pin and old.is_whole():
         return
     stop(patcher.model)
-    patcher.model.tonfa_streamer = Streamer(blocks, device, patcher.model.diffusion_model)
+    patcher.model.tonfa_streamer = Streamer(blocks, device, patcher.model.diffusion_model, patcher.offload.pin)
     log.info("%d blocks (%.2f GB) are streamed through %.2f GB on %s.", len(blocks), moved / 1e9, buffers / 1e9, device)
 
 

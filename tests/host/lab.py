@@ -15,7 +15,8 @@ import torch
 from tonfa.models.dequantize import dense_state_dict
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.formats.writer import write_flux
-from tonfa.nodes.host.shell import Placement, load_flux, unet_config
+from tonfa.nodes.host.flux_shell import unet_config
+from tonfa.nodes.host.shell import Placement, load_model
 from torch import Tensor
 
 import nodes
@@ -77,7 +78,7 @@ def made(precision: str = "int4", seed: int = 0, **changes: object) -> Path:
 def loaded(path: Path, compute: str = "weight_only"):
     """Our patcher on the checkpoint, in fp32 on the CPU."""
     with torch.inference_mode():
-        patcher = load_flux(str(path), FP32)
+        patcher = load_model(str(path), FP32)
     patcher.model_options["transformer_options"]["tonfa"] = {"compute": compute}
     return patcher
 

@@ -20,7 +20,7 @@ from tonfa.models import dequantize as dq
 from tonfa.models.formats import flux_names
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.formats.flux_names import FluxDims
-from tonfa.nodes.host.shell import load_flux
+from tonfa.nodes.host.shell import load_model
 
 import nodes
 
@@ -127,6 +127,6 @@ def test_the_stock_loader_loads_the_file_and_samples_the_same(base, tmp_path):
     comfy.model_management.unload_all_models()
     dense.unlink()
     with torch.inference_mode():
-        ours = load_flux(str(packed), FP32)
+        ours = load_model(str(packed), FP32)
     ours.model_options["transformer_options"]["tonfa"] = {"compute": "weight_only"}
     assert snr(sample(ours, text(), steps=1, size=(4, 4)), wanted) > 35  # what remains is the file's rounding to bfloat16

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tonfa.nodes import flux
+from tonfa.nodes import dit_loader
 from tonfa.nodes.flux import NunchakuFluxDiTLoader
 from tonfa.nodes.host import shell
 
@@ -50,8 +50,8 @@ def models(base) -> Path:
 @pytest.fixture
 def opened(monkeypatch) -> list[str]:
     """The paths that were opened as checkpoints."""
-    paths, real = [], shell.open_checkpoint
-    monkeypatch.setattr(shell, "open_checkpoint", lambda path: (paths.append(path), real(path))[1])
+    paths, real = [], shell.open_packed
+    monkeypatch.setattr(shell, "open_packed", lambda path: (paths.append(path), real(path))[1])
     return paths
 
 
@@ -276,7 +276,7 @@ def test_float16_is_left_when_the_file_has_larger_values(monkeypatch, caplog):
 def test_the_types_that_a_gpu_computes_in(dtype, least):
     """On the CPU, against the dense twin in the same type: the type's own rounding is the host's too, and larger than the distance."""
     with torch.inference_mode():
-        model = shell.load_flux(str(made()), shell.Placement(CPU, CPU, dtype))
+        model = shell.load_model(str(made()), shell.Placement(CPU, CPU, dtype))
     model.model_options["transformer_options"]["tonfa"] = {"compute": "weight_only"}
     assert model.model_dtype() == dtype
     assert snr(sample(model), sample(twin(made(), dtype))) > least
@@ -290,7 +290,7 @@ def test_the_original_pack_beside_ours_is_named_once(monkeypatch, caplog):
     theirs.__file__ = os.path.join("custom_nodes", "ComfyUI-nunchaku", "__init__.py")
     theirs.NODE_CLASS_MAPPINGS = {"NunchakuFluxDiTLoader": type("Other", (), {})}
     monkeypatch.setitem(sys.modules, "custom_nodes/ComfyUI-nunchaku", theirs)
-    monkeypatch.setattr(flux, "_warned", False)
+    monkeypatch.setattr(dit_loader, "_warned", False)
     for _ in range(2):
         NunchakuFluxDiTLoader.INPUT_TYPES()
     said = [line for line in lines(caplog) if "ComfyUI-nunchaku" in line]
@@ -298,9 +298,9 @@ def test_the_original_pack_beside_ours_is_named_once(monkeypatch, caplog):
 
 
 def test_no_line_when_ours_is_alone(monkeypatch, caplog):
-    monkeypatch.setattr(flux, "_warned", False)
+    monkeypatch.setattr(dit_loader, "_warned", False)
     NunchakuFluxDiTLoader.INPUT_TYPES()
-    assert lines(caplog) == [] and flux._warned
+    assert lines(caplog) == [] and dit_loader._warned
 
 
 def test_config_of_the_file_is_what_the_host_is_given(models):

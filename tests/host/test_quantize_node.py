@@ -23,7 +23,7 @@ from tonfa.models.formats.flux_names import layer_specs
 from tonfa.models.formats.writer import dims_of
 from tonfa.nodes.host import quantizing
 from tonfa.nodes.host.dense_model import host_key, open_model
-from tonfa.nodes.host.shell import TonfaFlux
+from tonfa.nodes.host.flux_shell import TonfaFlux
 
 from . import test_server
 from .lab import CONFIG as LARGER

@@ -49,8 +49,8 @@ def random_layer(
     )
 
 
-def packed_view(layer: LogicalLinear, code_form: str = "e4m3") -> PartView:
-    spec = plan(layer.n, layer.k, [(layer, 0, 0)], code_form)
+def packed_view(layer: LogicalLinear, code_form: str = "e4m3", paired: bool = False) -> PartView:
+    spec = plan(layer.n, layer.k, [(layer, 0, 0)], code_form, paired)
     return views(spec, pack(spec, [layer]))[0]
 
 

@@ -52,6 +52,50 @@ def test_round_trip(name, code_form):
 
 
 @pytest.mark.parametrize("code_form", ["int8", "e4m3"])
+@pytest.mark.parametrize("name", ["int4", "int4 no low rank", "nvfp4 channel", "int4 fp16"])
+def test_pairs_round_trip(name, code_form):
+    """Every field that has rows holds them as 8 values, their 8 gates, and so on."""
+    layer = {**CASES, "nvfp4 channel": random_layer("nvfp4", 208, 192, 16, channel_scale=True)}[name]
+    spec = plan(layer.n, layer.k, [(layer, 0, 0)], code_form, paired=True)
+    blob, flat = pack(spec, [layer]), packed_view(layer, code_form)
+    view, half = views(spec, blob)[0], layer.n // 2
+    assert_same_layer(unpack(spec, blob)[0], layer)
+    order = [row for i in range(0, half, 8) for first in (i, half + i) for row in range(first, first + 8)]
+    assert sorted(order) == list(range(layer.n)) and order[:17] == [*range(8), *range(half, half + 8), 8]
+    for field in spec.offsets(0):
+        stored, plain = (getattr(v, field).float() for v in (view, flat))
+        if field in ("scales", "block_scale"):
+            stored, plain = stored.t(), plain.t()
+        rows = plain if field in ("smooth", "down") else torch.cat((plain[order], plain[layer.n :]))
+        assert torch.equal(stored, rows), field
+    assert torch.equal(layout.in_order(layout.in_pairs(layer.codes)), layer.codes)
+    assert spec != plan(layer.n, layer.k, [(layer, 0, 0)], code_form) and spec.nbytes == flat_nbytes(layer, code_form)
+    with pytest.raises(ValueError, match="another layer"):
+        unpack(plan(layer.n, layer.k, [(layer, 0, 0)], code_form), blob)
+
+
+def flat_nbytes(layer: LogicalLinear, code_form: str) -> int:
+    return plan(layer.n, layer.k, [(layer, 0, 0)], code_form).nbytes
+
+
+@pytest.mark.parametrize(
+    "layers, out_features",
+    [
+        ([random_layer("int4", 128, 128), random_layer("int4", 128, 128)], 128),
+        ([random_layer("int4", 128, 128)], 256),
+        ([random_layer("int4", 200, 128)], 200),
+        ([random_layer("int4", 256, 128, segments=(0, 128))], 256),
+        ([random_layer("int4", 128, 128, act_unsigned=True)], 128),
+        ([random_layer("w4a16", 128, 128)], 128),
+    ],
+    ids=["two parts", "half a linear", "rows", "segments", "unsigned", "w4a16"],
+)
+def test_what_cannot_be_paired_is_refused(layers, out_features):
+    with pytest.raises(ValueError, match="one signed W4A4 part in one segment, its rows a multiple of 16"):
+        plan(out_features, 256, [(layer, 0, 128 * i) for i, layer in enumerate(layers)], "e4m3", paired=True)
+
+
+@pytest.mark.parametrize("code_form", ["int8", "e4m3"])
 def test_bytes_are_where_the_kernels_look(code_form):
     layer = random_layer("int4", 200, 320, 20, segments=(0, 128))
     view = packed_view(layer, code_form)
