@@ -40,7 +40,7 @@ def test_compiling_ahead_takes_both_tiles():
 @pytest.mark.parametrize("kind", ["row", "half", "plain"])
 @pytest.mark.parametrize("target", [H200, replace(H200, multiprocessors=7), replace(cuda_target(100), multiprocessors=148)])
 def test_bands_cover_every_row_once(kind, target):
-    for n in (128, 1024, 3072, 9216, 12288, 21504):
+    for n in (128, 1024, 3072, 3840, 9216, 11520, 12288, 20480, 21504):
         for rows in [*range(1, 700, 37), *range(700, 20000, 997), 4352, 4608, 16384]:
             bands = wide_bands(target, kind, rows, n)
             assert bands[0][0] == 0 and bands[-1][1] == rows and 1 <= len(bands) <= 2
