@@ -10,9 +10,17 @@ FAMILIES: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
         "NunchakuFluxDiTLoader": ("NunchakuFluxDiTLoader", "Nunchaku FLUX DiT Loader", ("MODEL",)),
         "SVDQuantFluxDiTLoader": ("SVDQuantFluxDiTLoader", "SVDQuant FLUX DiT Loader (old name)", ("MODEL",)),
     },
+    "qwen_image": {
+        "NunchakuQwenImageDiTLoader": ("NunchakuQwenImageDiTLoader", "Nunchaku Qwen-Image DiT Loader", ("MODEL",)),
+    },
+    "z_image": {
+        "NunchakuZImageDiTLoader": ("NunchakuZImageDiTLoader", "Nunchaku Z-Image DiT Loader", ("MODEL",)),
+    },
     "lora": {
         "NunchakuFluxLoraLoader": ("NunchakuFluxLoraLoader", "Nunchaku FLUX LoRA Loader", ("MODEL",)),
         "NunchakuFluxLoraStack": ("NunchakuFluxLoraStack", "Nunchaku FLUX LoRA Stack", ("MODEL",)),
+        "NunchakuQwenImageLoraLoader": ("NunchakuQwenImageLoraLoader", "Nunchaku Qwen-Image LoRA Loader", ("MODEL",)),
+        "NunchakuQwenImageLoraStack": ("NunchakuQwenImageLoraStack", "Nunchaku Qwen-Image LoRA Stack", ("MODEL",)),
         "SVDQuantFluxLoraLoader": ("SVDQuantFluxLoraLoader", "SVDQuant FLUX LoRA Loader (old name)", ("MODEL",)),
     },
     "text_encoder": {
@@ -51,6 +59,7 @@ def placeholder(title: str, output_types: tuple[str, ...], reason: str) -> type:
         "TITLE": title,
         "CATEGORY": "Nunchaku",
         "DESCRIPTION": reason,
+        "TONFA": True,  # else other_packs() would take it for another pack's
         "RETURN_TYPES": output_types,
         "FUNCTION": "fail",
         "INPUT_TYPES": classmethod(lambda cls: {"required": {}}),

@@ -486,7 +486,7 @@ def test_calls_outside_a_run_are_ordinary_ones(flux, runs):
 def load(monkeypatch) -> Callable:
     """The loader node on a made checkpoint, wherever it looks for it."""
     path, node = str(made()), NunchakuFluxDiTLoader()
-    monkeypatch.setattr("tonfa.nodes.flux.find", lambda asked: path)
+    monkeypatch.setattr("tonfa.nodes.dit_loader.find", lambda asked, widget: path)
 
     def run(**values: object):
         with torch.inference_mode():

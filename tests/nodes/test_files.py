@@ -14,6 +14,7 @@ FILES = [
     "svdq-int4-flux.1-canny-dev/unquantized_layers.safetensors",
     "sub\\svdq-int4_r128-shuttle-jaguar.safetensors",
     "flux1-dev.safetensors",
+    "svdq-int4_r128-z-image-turbo.safetensors",
 ]
 NAMES = with_legacy_folders(FILES)
 
@@ -47,6 +48,7 @@ def test_folders_of_the_old_form_are_listed_behind_the_files():
         ("svdq-fp4-flux.1-dev", "svdq-int4_r32-flux.1-dev.safetensors", True),
         ("svdq-int4-flux.1-fill-dev", "nunchaku/svdq-fp4_r32-flux.1-fill-dev.safetensors", True),
         ("svdq-fp4_r128-shuttle-jaguar.safetensors", "sub\\svdq-int4_r128-shuttle-jaguar.safetensors", True),
+        ("nunchaku/svdq-fp4_r128-z-image-turbo.safetensors", "svdq-int4_r128-z-image-turbo.safetensors", True),
         # a file of a folder of the old form stands for the folder
         ("svdq-int4-flux.1-canny-dev/transformer_blocks.safetensors", "svdq-int4-flux.1-canny-dev/transformer_blocks.safetensors", False),
     ],

@@ -18,8 +18,21 @@ INPUTS = {
         "model_path", "cache_threshold", "attention", "cpu_offload", "device_id", "data_type", "i2f_mode", "compute",
         "cache_threshold_single", "cache_start_percent", "cache_end_percent", "cache_max_reuses", "num_blocks_on_gpu",
     ],
+    "NunchakuQwenImageDiTLoader": [
+        "model_name", "cpu_offload", "num_blocks_on_gpu", "use_pin_memory", "compute", "cache_threshold", "cache_start_percent",
+        "cache_end_percent", "cache_max_reuses", "data_type", "device_id",
+    ],
+    "NunchakuZImageDiTLoader": [
+        "model_name", "compute", "cache_threshold", "cache_start_percent", "cache_end_percent", "cache_max_reuses", "cpu_offload",
+        "num_blocks_on_gpu", "use_pin_memory", "data_type", "device_id",
+    ],
     "NunchakuFluxLoraLoader": ["model", "lora_name", "lora_strength"],
     "NunchakuFluxLoraStack": ["model", *(f"lora_{what}_{i}" for i in range(1, 16) for what in ("name", "strength"))],
+    "NunchakuQwenImageLoraLoader": ["model", "lora_name", "lora_strength", "cpu_offload", "save_precompiled_lora"],
+    "NunchakuQwenImageLoraStack": [
+        "model", "lora_count", "cpu_offload", "apply_awq_mod", "save_precompiled_lora",
+        *(f"lora_{what}_{i}" for i in range(1, 11) for what in ("name", "strength")),
+    ],
     "NunchakuTextEncoderLoaderV2": ["model_type", "text_encoder1", "text_encoder2", "t5_min_length"],
     "NunchakuTextEncoderLoader": ["model_type", "text_encoder1", "text_encoder2", "t5_min_length", "use_4bit_t5", "int4_model"],
     "TonfaQuantizeFlux": [
@@ -42,6 +55,7 @@ KINDS = {"TextEncoder": "CLIP", "Depth": "IMAGE", "Merge": "STRING", "Installer"
 OUTPUTS = {key: (next((kind for part, kind in KINDS.items() if part in key), "MODEL"),) for key in (*INPUTS, *ALIASES)}
 OUTPUTS |= {"TonfaMiniatureLoader": ("MODEL", "VAE"), "TonfaMiniatureCaption": ("CONDITIONING",)}
 DEPRECATED = {"NunchakuTextEncoderLoader", "NunchakuDepthPreprocessor", *ALIASES}
+STACKS = {"NunchakuFluxLoraStack": ["self", "model", "rows"], "NunchakuQwenImageLoraStack": ["self", "model", "lora_count", "rows"]}
 LINKED = ("model", "image", "conditioning")  # inputs without a widget: the host has no list to check them against
 
 
@@ -55,9 +69,12 @@ def run(code: str) -> str:
         "tonfa",
         "tonfa.kernels",
         "tonfa.models",
+        "tonfa.nodes.dit_loader",
         "tonfa.nodes.flux",
         "tonfa.nodes.lora",
         "tonfa.nodes.miniature",
+        "tonfa.nodes.qwen_image",
+        "tonfa.nodes.z_image",
         "tonfa.nodes.quantize",
         "tonfa.nodes.text_encoder",
         "tonfa.nodes.tools",
@@ -104,6 +121,8 @@ def test_keys_titles_and_aliases():
     assert classes.keys() == titles.keys() == {key for family in nodes.FAMILIES.values() for key in family}
     assert titles["NunchakuFluxDiTLoader"] == classes["NunchakuFluxDiTLoader"].TITLE == "Nunchaku FLUX DiT Loader"
     assert titles["NunchakuFluxLoraLoader"] == "Nunchaku FLUX LoRA Loader" and titles["NunchakuFluxLoraStack"] == "Nunchaku FLUX LoRA Stack"
+    assert titles["NunchakuQwenImageDiTLoader"] == "Nunchaku Qwen-Image DiT Loader"
+    assert titles["NunchakuZImageDiTLoader"] == "Nunchaku Z-Image DiT Loader"
     assert classes.keys() == {*INPUTS, *ALIASES}
     for old, new in ALIASES.items():
         assert issubclass(classes[old], classes[new])
@@ -136,9 +155,9 @@ def test_every_input_is_taken_off_the_hosts_list_check_and_has_a_default():
         node = tonfa.NODE_CLASS_MAPPINGS[key]
         assert node.VALIDATE_INPUTS() is True
         checked, taken = inspect.signature(node.VALIDATE_INPUTS), inspect.signature(getattr(node, node.FUNCTION))
-        if key == "NunchakuFluxLoraStack":  # its thirty rows are taken by whatever name they have
+        if key in STACKS:  # their rows are taken by whatever name they have
             assert [p.kind.name for p in checked.parameters.values()] == ["VAR_KEYWORD"]
-            assert [p.kind.name for p in taken.parameters.values()][1:] == ["POSITIONAL_OR_KEYWORD", "VAR_KEYWORD"]
+            assert list(taken.parameters) == STACKS[key] and taken.parameters["rows"].kind.name == "VAR_KEYWORD"
             continue
         assert list(checked.parameters) == [name for name in inputs if name not in LINKED]
         assert list(taken.parameters)[1:] == inputs
