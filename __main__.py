@@ -156,8 +156,6 @@ def download(options: argparse.Namespace) -> int:
         prefer, why = preferred_precision()
         print(f"Taking {prefer}: {why}. --precision chooses.")
     file = published.resolve(options.name, options.precision, options.rank, prefer)
-    if file.family in published.NO_LOADER:
-        print(f"Note: this version of ComfyUI-Tonfa has no loader for {file.family} files.")
     fetch(file, target_folder(file, options.to))
     return 0
 
@@ -168,7 +166,7 @@ def inspect(file: Path, as_json: bool) -> int:
     from tonfa.models.inspect import inspect as look
 
     facts = look(file)
-    broken = facts["family"] == "unreadable" or (facts["family"] == "flux" and not facts["usable"])
+    broken = facts["family"] == "unreadable" or (facts["family"] in ("flux", "qwen-image", "z-image") and not facts["usable"])
     if as_json:
         print(json.dumps(facts, indent=2))
     elif broken:

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 
 from .formats.checkpoint import PackedCheckpoint, open_packed, read_files, refusal
-from .formats.identify import ABSENT, Kind, identify
+from .formats.identify import Kind, identify
 from .formats.tensorfile import CheckpointError, Entry
 
 _SUFFIX_KINDS = {
@@ -70,10 +70,9 @@ def _packed(c: PackedCheckpoint, kind: Kind) -> dict:
     deep = tuple(blocks.values())
     size = "" if deep == _FULL_DEPTH[c.family] else f", {'+'.join(map(str, deep))} blocks of {c.dims.hidden} channels"
     ranks = "/".join(map(str, c.ranks)) or "none"
-    advice = "Load it with NunchakuFluxDiTLoader." if c.family == "flux" else kind.advice
     return {
-        "usable": ABSENT not in kind.advice,
-        "sentence": f"{c.path} is a SVDQuant {model}{size}, {c.precision.upper()}, rank {ranks}. {advice}",
+        "usable": True,
+        "sentence": f"{c.path} is a SVDQuant {model}{size}, {c.precision.upper()}, rank {ranks}. {kind.advice}",
         "model": model,
         "model_class": c.model_class,
         "precision": c.precision,

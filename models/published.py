@@ -12,7 +12,6 @@ INT4, FP4 = "int4", "fp4"
 R32 = ((INT4, 32), (FP4, 32))
 R32_R128 = ((INT4, 32), (INT4, 128), (FP4, 32), (FP4, 128))
 Z_IMAGE = ((INT4, 32), (INT4, 128), (INT4, 256), (FP4, 32), (FP4, 128))  # rank 256 was published in INT4 only
-NO_LOADER = ("qwen-image", "z-image")  # families without a loader in this version; a test holds this against the node maps
 SVDQ = re.compile(r"svdq-(int4|fp4|nvfp4)(?:_r(\d+))?-(.+)")
 
 
@@ -181,7 +180,6 @@ def table() -> str:
     for model in MODELS:
         ranks = {p: "/".join(str(r) for q, r in model.offered if q == p) for p, _ in model.offered}
         what = ", ".join(f"{p} r{r}" for p, r in ranks.items()) or file_of(model).name
-        rows.append((model.name, what, model.repo + (" *" if model.family in NO_LOADER else "")))
+        rows.append((model.name, what, model.repo))
     wide = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    lines = [f"{name:{wide[0]}}  {what:{wide[1]}}  {repo}" for name, what, repo in rows]
-    return "\n".join([*lines, "", "* this version of ComfyUI-Tonfa has no loader for it"])
+    return "\n".join(f"{name:{wide[0]}}  {what:{wide[1]}}  {repo}" for name, what, repo in rows)

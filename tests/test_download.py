@@ -411,9 +411,12 @@ def test_the_table():
     assert len({file.name for file in files}) == len(files) and len({model.name for model in published.MODELS}) == len(published.MODELS)
     for file in files:
         assert published.resolve(file.name) == file and file.folder in ("diffusion_models", "text_encoders")
-    there = {key for family in nodes.FAMILIES.values() for key in family}
-    loaders = {"qwen-image": "NunchakuQwenImageDiTLoader", "z-image": "NunchakuZImageDiTLoader"}
-    assert {family for family, key in loaders.items() if key not in there} == set(published.NO_LOADER)
+    loaders = {
+        "flux.1": "NunchakuFluxDiTLoader", "qwen-image": "NunchakuQwenImageDiTLoader", "z-image": "NunchakuZImageDiTLoader",
+        "text encoder": "NunchakuTextEncoderLoaderV2",
+    }  # fmt: skip
+    assert {model.family for model in published.MODELS} == set(loaders)
+    assert set(loaders.values()) <= {key for family in nodes.FAMILIES.values() for key in family}
 
 
 def test_every_model_file_of_the_shared_graphs_is_known():
@@ -444,8 +447,13 @@ def test_blackwell_gets_fp4(monkeypatch):
 
 def test_the_error_of_a_missing_published_file_gives_the_command(monkeypatch):
     monkeypatch.setattr("tonfa.nodes.host.files.PACK", Path("/x/custom_nodes/ComfyUI-Tonfa"))
-    for asked in ("svdq-int4-flux.1-dev", "nunchaku\\" + NAME):
-        with pytest.raises(FileNotFoundError, match=f"run `python custom_nodes/ComfyUI-Tonfa download {NAME}` in ComfyUI's folder"):
+    for asked, name in (
+        ("svdq-int4-flux.1-dev", NAME),
+        ("nunchaku\\" + NAME, NAME),
+        ("svdq-int4_r128-qwen-image.safetensors", "svdq-int4_r128-qwen-image.safetensors"),
+        ("nunchaku/svdq-fp4_r128-z-image-turbo.safetensors", "svdq-fp4_r128-z-image-turbo.safetensors"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"run `python custom_nodes/ComfyUI-Tonfa download {name}` in ComfyUI's folder"):
             resolve(asked, [])
     with pytest.raises(FileNotFoundError, match="download awq-int4-flux.1-t5xxl.safetensors`"):
         resolve("awq-int4-flux.1-t5xxl.safetensors", ["clip_l.safetensors"], TEXT_ENCODERS)
@@ -454,10 +462,8 @@ def test_the_error_of_a_missing_published_file_gives_the_command(monkeypatch):
         resolve("clip_l.safetensors", [], TEXT_ENCODERS)
 
 
-@pytest.mark.parametrize(
-    "asked", ["my-finetune.safetensors", "svdq-int4_r64-flux.1-dev.safetensors", "svdq-int4_r32-qwen-image.safetensors"]
-)
-def test_no_command_for_what_is_not_published_or_not_loaded_here(asked):
+@pytest.mark.parametrize("asked", ["my-finetune.safetensors", "svdq-int4_r64-flux.1-dev.safetensors", "clip_l.safetensors"])
+def test_no_command_for_what_is_not_published_or_not_for_this_node(asked):
     with pytest.raises(FileNotFoundError) as error:
         resolve(asked, [])
     assert "download" not in str(error.value)

@@ -17,16 +17,6 @@ class Kind:
     quantised: bool = False
 
 
-# Loaders of the original pack that this version lacks. A test holds this list against the node maps, so it cannot outlive its truth.
-NOT_YET = ("NunchakuQwenImageDiTLoader", "NunchakuZImageDiTLoader")
-ABSENT = "is not in this version of ComfyUI-Tonfa"
-
-
-def _loader(key: str, title: str) -> str:
-    """The sentence that names the loader of a kind of file."""
-    return f"Its loader, {key} ({title}), {ABSENT}." if key in NOT_YET else f"Load it with {key} ({title})."
-
-
 _FLUX2 = re.compile(r"(double|single)_stream_modulation|single_transformer_blocks\.\d+\.attn\.to_qkv_mlp_proj\.")
 _NF4 = re.compile(r"\.(absmax|quant_map|quant_state\.bitsandbytes__\w+)$")
 _SVDQ = [  # (family, pattern, what, advice); first match wins, tested on names that end in .qweight
@@ -34,19 +24,19 @@ _SVDQ = [  # (family, pattern, what, advice); first match wins, tested on names 
         "qwen-image",
         r"transformer_blocks\.\d+\.(img_mod|txt_mod|img_mlp|txt_mlp)\.",
         "a Qwen-Image SVDQuant file",
-        _loader("NunchakuQwenImageDiTLoader", "Nunchaku Qwen-Image DiT Loader"),
+        "Load it with NunchakuQwenImageDiTLoader (Nunchaku Qwen-Image DiT Loader).",
     ),
     (
         "z-image",
         r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\.",
         "a Z-Image SVDQuant file",
-        _loader("NunchakuZImageDiTLoader", "Nunchaku Z-Image DiT Loader"),
+        "Load it with NunchakuZImageDiTLoader (Nunchaku Z-Image DiT Loader).",
     ),
     (
         "t5",
         r"encoder\.block\.\d+\.",
         "a 4-bit (AWQ) T5 text encoder",
-        f"It belongs into models/text_encoders. {_loader('NunchakuTextEncoderLoaderV2', 'Nunchaku Text Encoder Loader V2')}",
+        "It belongs into models/text_encoders. Load it with NunchakuTextEncoderLoaderV2 (Nunchaku Text Encoder Loader V2).",
     ),
     (
         "sana",
@@ -59,7 +49,7 @@ _SVDQ = [  # (family, pattern, what, advice); first match wins, tested on names 
         "flux",
         r"(single_)?transformer_blocks\.\d+\.",
         "a FLUX.1 SVDQuant file",
-        _loader("NunchakuFluxDiTLoader", "Nunchaku FLUX DiT Loader"),
+        "Load it with NunchakuFluxDiTLoader (Nunchaku FLUX DiT Loader).",
     ),
 ]
 _UNET_LOADER = "load it with the stock 'Load Diffusion Model' node (UNETLoader)"
@@ -72,6 +62,10 @@ _T5 = (
 )
 _LORA_ADVICE = (
     "Load it behind the model loader, with the stock node LoraLoaderModelOnly or with NunchakuFluxLoraLoader (Nunchaku FLUX LoRA Loader)."
+)
+_LORA_QWEN = (
+    "Load it behind the model loader, with the stock node LoraLoaderModelOnly or with NunchakuQwenImageLoraLoader (Nunchaku Qwen-Image "
+    "LoRA Loader)."
 )
 _LORA_FOREIGN = "Load it with the stock node LoraLoaderModelOnly, behind the loader of a model of that family."
 _LORA_CONVERTED = (
@@ -121,7 +115,7 @@ def identify(names: Mapping[str, object] | list[str], metadata: Mapping[str, str
     quantised = [n for n in names if n.endswith(".qweight")]
     if quantised:
         if any(_FLUX2.match(_PREFIX.sub("", n)) for n in names):
-            return Kind("flux2", "a FLUX.2 SVDQuant file", "This pack has no loader for FLUX.2: it reads FLUX.1.", quantised=True)
+            return Kind("flux2", "a FLUX.2 SVDQuant file", "This pack has no loader for FLUX.2.", quantised=True)
         for family, pattern, what, advice in _SVDQ:
             if any(re.match(pattern, n) for n in quantised):
                 return Kind(family, what, advice, quantised=True)
@@ -134,7 +128,7 @@ def identify(names: Mapping[str, object] | list[str], metadata: Mapping[str, str
         made_for = lora_family(names)
         if made_for in ("FLUX.1", "unknown"):
             return Kind("lora", "a LoRA", _LORA_ADVICE)
-        return Kind("lora", f"a LoRA for {made_for}", _LORA_FOREIGN)
+        return Kind("lora", f"a LoRA for {made_for}", _LORA_QWEN if made_for in ("Qwen-Image", "Z-Image or Lumina") else _LORA_FOREIGN)
     if any(_NF4.search(n) for n in names):
         advice = (
             "It is not quantised by SVDQuant, and neither this pack nor ComfyUI itself reads that form; the custom nodes "

@@ -1,4 +1,4 @@
-"""What a refused file is told about nodes, against the nodes that there are: advice must not name an absent loader as if it were there."""
+"""What a refused file is told about nodes, against the nodes that there are."""
 
 import inspect
 import re
@@ -6,38 +6,36 @@ import re
 import pytest
 from tonfa import nodes
 from tonfa.models.formats import identify as module
-from tonfa.models.formats.identify import ABSENT, NOT_YET, identify
+from tonfa.models.formats.identify import identify
 
 KEYS = {key for family in nodes.FAMILIES.values() for key in family}
 NAMED = re.compile(r"\b(?:Nunchaku|SVDQuant)\w*(?:Loader|Stack)\w*")
 
 
-def test_no_loader_is_called_absent_once_it_is_there():
-    assert not KEYS.intersection(NOT_YET), "take it out of NOT_YET in models/formats/identify.py"
+def test_every_loader_that_is_named_is_there():
+    named = set(NAMED.findall(inspect.getsource(module)))
+    assert named <= KEYS and {"NunchakuFluxDiTLoader", "NunchakuQwenImageDiTLoader", "NunchakuZImageDiTLoader"} <= named
 
 
-def test_every_loader_that_is_named_is_either_there_or_called_absent():
-    there = {"NunchakuFluxDiTLoader", "NunchakuFluxLoraLoader", "NunchakuTextEncoderLoaderV2"}
-    assert set(NAMED.findall(inspect.getsource(module))) == {*there, *NOT_YET}
-    assert there <= KEYS
-
-
-FILES = {
-    "qwen": ["transformer_blocks.0.img_mod.1.qweight"],
-    "z-image": ["layers.0.attention.to_qkv.qweight"],
-    "t5": ["encoder.block.0.layer.0.SelfAttention.q.qweight"],
-    "lora": ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"],
-    "converted": ["transformer_blocks.0.qkv_proj.lora_down", "transformer_blocks.0.qkv_proj.lora_up"],
-    "flux": ["transformer_blocks.0.qkv_proj.qweight"],
-    "plain t5": ["encoder.block.0.layer.0.SelfAttention.q.weight"],
-    "plain flux": ["double_blocks.0.img_attn.qkv.weight"],
-    "nothing known": ["some.weight"],
+FILES = {  # names of a file's tensors, the node that takes it
+    "qwen": (["transformer_blocks.0.img_mod.1.qweight"], "NunchakuQwenImageDiTLoader"),
+    "z-image": (["layers.0.attention.to_qkv.qweight"], "NunchakuZImageDiTLoader"),
+    "t5": (["encoder.block.0.layer.0.SelfAttention.q.qweight"], "NunchakuTextEncoderLoaderV2"),
+    "lora": (["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"], "NunchakuFluxLoraLoader"),
+    "qwen lora": (["transformer_blocks.0.img_mlp.net.2.lora_A.weight"], "NunchakuQwenImageLoraLoader"),
+    "z-image lora": (["diffusion_model.layers.0.attention.to_q.lora_A.weight"], "NunchakuQwenImageLoraLoader"),
+    "sdxl lora": (["lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight"], None),
+    "converted": (["transformer_blocks.0.qkv_proj.lora_down", "transformer_blocks.0.qkv_proj.lora_up"], "NunchakuFluxLoraLoader"),
+    "flux": (["transformer_blocks.0.qkv_proj.qweight"], "NunchakuFluxDiTLoader"),
+    "plain t5": (["encoder.block.0.layer.0.SelfAttention.q.weight"], "NunchakuTextEncoderLoaderV2"),
+    "plain flux": (["double_blocks.0.img_attn.qkv.weight"], None),
+    "nothing known": (["some.weight"], None),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_sentence_says_absent_of_absent_loaders_only(name):
-    advice = identify(FILES[name], {}).advice
-    named = NAMED.findall(advice)
-    assert (ABSENT in advice) == any(key not in KEYS for key in named)
-    assert len(named) == len(set(named)) <= 1
+def test_the_sentence_names_the_node_that_takes_the_file(name):
+    names, key = FILES[name]
+    advice = identify(names, {}).advice
+    assert NAMED.findall(advice) == ([key] if key else [])
+    assert key is None or f"{key} ({nodes.NODE_DISPLAY_NAME_MAPPINGS[key]})" in advice
