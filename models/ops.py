@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import layout, targets
+from ..kernels.norm_gate import norm_gate as norm_gate_now
 from ..kernels.norm_modulate import Norm
 from ..kernels.norm_modulate import norm_modulate as norm_modulate_now
 from ..kernels.qk_norm_rope import qk_norm_rope_ as qk_norm_rope_now_
@@ -44,7 +45,7 @@ def _register(schema: str, run: object, fake: object) -> None:
 
 _LINEAR = (
     "Tensor[] xs, Tensor blob, Tensor? bias, int handle, str compute, Tensor? shift, Tensor? scale, SymInt rows_per_batch, float eps, "
-    "int? gelu_from, Tensor? gate, Tensor? residual, Tensor[] columns, int[] segments"
+    "bool rms, int? gelu_from, Tensor? gate, Tensor? residual, bool swiglu, Tensor[] columns, int[] segments"
 )
 
 
@@ -62,8 +63,8 @@ def linear(
     """PackedLinear with a side of columns only. handle: the layout's number (linear.spec_handle)."""
     norm, ending = norm or Norm(None, None, 1), ending or Ending()
     xs = [x] if isinstance(x, Tensor) else list(x)
-    arguments = (xs, blob, bias, handle, compute, norm.shift, norm.scale, norm.rows_per_batch, norm.eps)
-    arguments += (ending.gelu_from, ending.gate, ending.residual, *_flat(side, xs[0].device))
+    arguments = (xs, blob, bias, handle, compute, norm.shift, norm.scale, norm.rows_per_batch, norm.eps, norm.rms)
+    arguments += (ending.gelu_from, ending.gate, ending.residual, ending.swiglu, *_flat(side, xs[0].device))
     if out is None:
         return OPS.linear(*arguments)
     OPS.linear_into(*arguments, out)
@@ -87,18 +88,19 @@ def _columns(tensors: list[Tensor], segments: list[int]) -> list[layout.Columns 
 
 
 def _linear(
-    xs, blob, bias, handle, compute, shift, scale, rows_per_batch, eps, gelu_from, gate, residual, columns, segments, out=None
+    xs, blob, bias, handle, compute, shift, scale, rows_per_batch, eps, rms, gelu_from, gate, residual, swiglu, columns, segments, out=None
 ) -> Tensor:
     spec = spec_of(handle)
-    norm = None if shift is None else Norm(shift, scale, rows_per_batch, eps)
+    norm = None if scale is None else Norm(shift, scale, rows_per_batch, eps, rms)
     x, parts = xs[0] if len(xs) == 1 else list(xs), layout.views(spec, blob)
     for part, extra in zip(parts, _columns(columns, segments), strict=False):
         part.extra = extra
-    return packed_linear(spec, parts, x, bias, compute, norm, Ending(gelu_from, gate, residual), out)
+    return packed_linear(spec, parts, x, bias, compute, norm, Ending(gelu_from, gate, residual, swiglu=swiglu), out)
 
 
 def _linear_fake(xs, blob, bias, handle, *rest) -> Tensor:
-    return xs[0].new_empty(*xs[0].shape[:-1], spec_of(handle).out_features)
+    swiglu = rest[-3]
+    return xs[0].new_empty(*xs[0].shape[:-1], spec_of(handle).out_features // (2 if swiglu else 1))
 
 
 def _linear_into(*arguments) -> None:
@@ -114,14 +116,31 @@ _register(f"linear_into({_LINEAR}, Tensor(a!) out) -> ()", _linear_into, lambda 
 
 def norm_modulate(x: Tensor, norm: Norm) -> Tensor:
     """norm_modulate on rows x [M, K]."""
-    return OPS.norm_modulate(x, norm.shift, norm.scale, norm.rows_per_batch, norm.eps)
+    return OPS.norm_modulate(x, norm.shift, norm.scale, norm.rows_per_batch, norm.eps, norm.rms)
 
 
 _register(
-    "norm_modulate(Tensor x, Tensor shift, Tensor scale, SymInt rows_per_batch, float eps) -> Tensor",
-    lambda x, shift, scale, rows_per_batch, eps: norm_modulate_now(x, Norm(shift, scale, rows_per_batch, eps)),
+    "norm_modulate(Tensor x, Tensor? shift, Tensor scale, SymInt rows_per_batch, float eps, bool rms=False) -> Tensor",
+    lambda x, *norm: norm_modulate_now(x, Norm(*norm)),
     lambda x, *rest: x.new_empty(x.shape),
 )
+
+
+def norm_gate(x: Tensor, y: Tensor, gate: Tensor, rows_per_batch: int, eps: float, out: Tensor | None = None) -> Tensor:
+    """norm_gate on rows x, y [M, K]."""
+    if out is None:
+        return OPS.norm_gate(x, y, gate, rows_per_batch, eps)
+    OPS.norm_gate_into(x, y, gate, rows_per_batch, eps, out)
+    return out
+
+
+def _norm_gate_into(*arguments) -> None:
+    norm_gate_now(*arguments)
+
+
+_NORM_GATE = "Tensor x, Tensor y, Tensor gate, SymInt rows_per_batch, float eps"
+_register(f"norm_gate({_NORM_GATE}) -> Tensor", norm_gate_now, lambda x, *rest: x.new_empty(x.shape))
+_register(f"norm_gate_into({_NORM_GATE}, Tensor(a!) out) -> ()", _norm_gate_into, lambda *arguments: None)
 
 
 def qk_norm_rope_(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, pe: Tensor | None, heads: int, eps: float) -> Tensor:

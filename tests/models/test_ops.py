@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from tonfa.kernels import layout
+from tonfa.kernels.norm_gate import norm_gate
+from tonfa.kernels.norm_modulate import Norm
 from tonfa.models.flux import Flux, rope_table
 from tonfa.models.formats.checkpoint import open_checkpoint
 from tonfa.models.linear import PackedLinear
@@ -153,24 +155,49 @@ def test_operators_declare_what_they_do():
     m, mod = model.double_blocks[0].img_attn.qkv, model.double_blocks[0].img_mod.lin
     shift = torch.randn(1, m.in_features).bfloat16()
     blob, bias = m.weight.detach(), m.bias.detach()
-    call = ([a["img"]], blob, bias, m.handle, "fast", shift, shift, 12, 1e-6, 8, None, None, [], [])
+    call = ([a["img"]], blob, bias, m.handle, "fast", shift, shift, 12, 1e-6, False, 8, None, None, False, [], [])
     out = torch.zeros(1, 20, m.out_features).bfloat16()[:, 4:16]
     scale = torch.ones(m.out_features // (3 * model.config["num_heads"]))
     qkv = torch.randn(1, 17, m.out_features).bfloat16()
+    y, gate = torch.randn_like(a["img"][0]), torch.randn(1, m.in_features)
     q, k, v = torch.randn(3, 1, 17, 2, 16).bfloat16().transpose(2, 3)
     calls = {
         "linear": call,
         "linear_into": (*call, out),
         "norm_modulate": (a["img"][0], shift, shift, 12, 1e-6),
+        "norm_gate": (a["img"][0], y, gate, 12, 1e-5),
+        "norm_gate_into": (a["img"][0], y, gate, 12, 1e-5, torch.zeros_like(y)),
         "qk_norm_rope_": (qkv, scale, scale, a["pe"], model.config["num_heads"], 1e-6),
         "attend": (q, k, v, None),
     }
-    modulation = ([a["vec"][None]], mod.weight.detach(), mod.bias.detach(), mod.handle, "fast", None, None, 1, 1e-6)
-    modulation += (None, None, None, [], [])
+    modulation = ([a["vec"][None]], mod.weight.detach(), mod.bias.detach(), mod.handle, "fast", None, None, 1, 1e-6, False)
+    modulation += (None, None, None, False, [], [])
     lora = [torch.randn(n, 16).bfloat16() for n in (layout.views(m.spec, blob)[0].spec.k_padded, m.spec.parts[0].n_padded)]
-    for name, arguments in [*calls.items(), ("linear", modulation), ("linear", (*call[:-2], lora, [1, 0]))]:
+    rms = [("norm_modulate", (a["img"][0], None, gate, 12, 1e-5, True)), ("linear", (*call[:5], None, gate, 12, 1e-5, True, *call[10:]))]
+    for name, arguments in [*calls.items(), *rms, ("linear", modulation), ("linear", (*call[:-2], lora, [1, 0]))]:
         tests = ("test_schema", "test_faketensor")
         assert set(torch.library.opcheck(getattr(ops.OPS, name).default, arguments, test_utils=tests).values()) == {"SUCCESS"}
+
+
+def test_rms_norms_and_norm_gate_are_operators_with_the_same_bits():
+    """As a block of Z-Image has them: before a linear, and at the end of a branch, into a new stream or in place."""
+    from tonfa.models import ops
+
+    model = load()
+    m, x = model.double_blocks[0].img_attn.qkv, inputs(model)["img"]
+    g = torch.Generator().manual_seed(1)
+    scale, gate = (torch.randn(1, m.in_features, generator=g) for _ in range(2))
+
+    def compiled(x: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        stream = x.clone()[0]
+        y = m.run(x, "fast", norm=Norm(None, scale, 12, 1e-5, rms=True))
+        ended = ops.norm_gate(stream, y[0, :, : x.shape[2]], gate, 12, 1e-5)
+        return y, ops.norm_gate(ended, stream, gate, 12, 1e-5, ended)
+
+    with torch.inference_mode():
+        y, ended = whole(compiled)(x, scale, gate)
+        assert torch.equal(y, m.run(x, "fast", norm=Norm(None, scale, 12, 1e-5, rms=True)))
+        assert torch.equal(ended, norm_gate(norm_gate(x[0], y[0, :, : x.shape[2]], gate, 12, 1e-5), x[0], gate, 12, 1e-5))
 
 
 def run(code: str) -> str:
