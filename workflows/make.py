@@ -16,12 +16,17 @@ KINDS = {  # node -> linked inputs | widgets | outputs
     "NunchakuFluxDiTLoader": "| model_path COMBO, cache_threshold FLOAT, attention COMBO, cpu_offload COMBO, device_id INT, "
     "data_type COMBO, i2f_mode COMBO?, compute COMBO? | MODEL MODEL",
     "NunchakuFluxLoraLoader": "model MODEL | lora_name COMBO, lora_strength FLOAT | MODEL MODEL",
+    "NunchakuQwenImageDiTLoader": "| model_name COMBO, cpu_offload COMBO?, num_blocks_on_gpu INT?, use_pin_memory COMBO?, compute COMBO? "
+    "| MODEL MODEL",
+    "NunchakuZImageDiTLoader": "| model_name COMBO, compute COMBO? | MODEL MODEL",
     "NunchakuTextEncoderLoaderV2": "| model_type COMBO, text_encoder1 COMBO, text_encoder2 COMBO, t5_min_length INT | CLIP CLIP",
     "TonfaMiniatureLoader": "| | MODEL MODEL, VAE VAE",
     "TonfaMiniatureCaption": "| caption STRING | CONDITIONING CONDITIONING",
     "TonfaQuantizeFlux": "model MODEL, conditioning CONDITIONING? | filename STRING, precision COMBO, rank INT, mode COMBO, steps INT?, "
     "width INT?, height INT?, calibration_seed INT?, size_gb FLOAT?, gptq BOOLEAN? | MODEL MODEL",
     "Canny": "image IMAGE | low_threshold FLOAT, high_threshold FLOAT | IMAGE IMAGE",
+    "CFGNorm": "model MODEL | strength FLOAT | patched_model MODEL",
+    "CLIPLoader": "| clip_name COMBO, type COMBO, device COMBO? | CLIP CLIP",
     "CLIPTextEncode": "clip CLIP | text STRING | CONDITIONING CONDITIONING",
     "CLIPVisionEncode": "clip_vision CLIP_VISION, image IMAGE | crop COMBO | CLIP_VISION_OUTPUT CLIP_VISION_OUTPUT",
     "CLIPVisionLoader": "| clip_name COMBO | CLIP_VISION CLIP_VISION",
@@ -34,6 +39,7 @@ KINDS = {  # node -> linked inputs | widgets | outputs
     "FluxGuidance": "conditioning CONDITIONING | guidance FLOAT | CONDITIONING CONDITIONING",
     "FluxKontextImageScale": "image IMAGE | | IMAGE IMAGE",
     "ImageScale": "image IMAGE | upscale_method COMBO, width INT, height INT, crop COMBO | IMAGE IMAGE",
+    "ImageScaleToTotalPixels": "image IMAGE | upscale_method COMBO, megapixels FLOAT | IMAGE IMAGE",
     "InpaintModelConditioning": "positive CONDITIONING, negative CONDITIONING, vae VAE, pixels IMAGE, mask MASK | noise_mask BOOLEAN "
     "| positive CONDITIONING, negative CONDITIONING, latent LATENT",
     "InstructPixToPixConditioning": "positive CONDITIONING, negative CONDITIONING, vae VAE, pixels IMAGE | "
@@ -42,6 +48,7 @@ KINDS = {  # node -> linked inputs | widgets | outputs
     "| seed INT, steps INT, cfg FLOAT, sampler_name COMBO, scheduler COMBO, denoise FLOAT | LATENT LATENT",
     "LoadImage": "| image COMBO, upload IMAGEUPLOAD | IMAGE IMAGE, MASK MASK",
     "LoraLoaderModelOnly": "model MODEL | lora_name COMBO, strength_model FLOAT | MODEL MODEL",
+    "ModelSamplingAuraFlow": "model MODEL | shift FLOAT | MODEL MODEL",
     "PreviewImage": "images IMAGE | |",
     "ReferenceLatent": "conditioning CONDITIONING, latent LATENT? | | CONDITIONING CONDITIONING",
     "SaveImage": "images IMAGE | filename_prefix STRING |",
@@ -49,20 +56,30 @@ KINDS = {  # node -> linked inputs | widgets | outputs
     "StyleModelApply": "conditioning CONDITIONING, style_model STYLE_MODEL, clip_vision_output CLIP_VISION_OUTPUT "
     "| strength FLOAT, strength_type COMBO | CONDITIONING CONDITIONING",
     "StyleModelLoader": "| style_model_name COMBO | STYLE_MODEL STYLE_MODEL",
+    "TextEncodeQwenImageEditPlus": "clip CLIP, vae VAE?, image1 IMAGE?, image2 IMAGE?, image3 IMAGE? | prompt STRING "
+    "| CONDITIONING CONDITIONING",
     "VAEDecode": "samples LATENT, vae VAE | | IMAGE IMAGE",
     "VAEDecodeTiled": "samples LATENT, vae VAE | tile_size INT, overlap INT, temporal_size INT, temporal_overlap INT | IMAGE IMAGE",
     "VAEEncode": "pixels IMAGE, vae VAE | | LATENT LATENT",
     "VAELoader": "| vae_name COMBO | VAE VAE",
     "MarkdownNote": "| |",
 }
-WIDTHS = {"MarkdownNote": 480, "SaveImage": 400, "CLIPTextEncode": 380, "NunchakuFluxDiTLoader": 400}  # the others: 320
+WIDTHS = {  # the others: 320
+    "MarkdownNote": 480, "SaveImage": 400, "CLIPTextEncode": 380, "TextEncodeQwenImageEditPlus": 380,
+    "NunchakuFluxDiTLoader": 400, "NunchakuQwenImageDiTLoader": 400, "NunchakuZImageDiTLoader": 400, "LoraLoaderModelOnly": 380,
+}  # fmt: skip
 EXTRA = {  # height beyond slots and widgets
-    "CLIPTextEncode": 110, "TonfaMiniatureCaption": 190, "SaveImage": 400, "PreviewImage": 240, "LoadImage": 260,
+    "CLIPTextEncode": 110, "TextEncodeQwenImageEditPlus": 110, "TonfaMiniatureCaption": 190, "SaveImage": 400, "PreviewImage": 240,
+    "LoadImage": 260,
 }  # fmt: skip
 SVDQ = "svdq-int4_r32-flux.1-{}.safetensors"
 CLIP_L, T5, T5_4BIT, AE = "clip_l.safetensors", "t5xxl_fp16.safetensors", "awq-int4-flux.1-t5xxl.safetensors", "ae.safetensors"
 UNION, REDUX, SIGCLIP = "controlnet-union-pro-2.0.safetensors", "flux1-redux-dev.safetensors", "sigclip_vision_patch14_384.safetensors"
 TURBO = "flux.1-turbo-alpha.safetensors"
+QWEN, QWEN_EDIT = "svdq-int4_r32-qwen-image.safetensors", "svdq-int4_r32-qwen-image-edit-2509.safetensors"
+QWEN_VL, QWEN_VAE = "qwen_2.5_vl_7b_fp8_scaled.safetensors", "qwen_image_vae.safetensors"
+LIGHTNING = "Qwen-Image-Lightning-8steps-V1.1.safetensors"
+Z_IMAGE, QWEN3 = "svdq-int4_r128-z-image-turbo.safetensors", "qwen_3_4b.safetensors"
 SOURCES = {  # file -> folder under models/, repository on Hugging Face, and its name there if that is another
     **{SVDQ.format(kind): ("diffusion_models", f"nunchaku-ai/nunchaku-flux.1-{kind}", "")
        for kind in ("dev", "schnell", "kontext-dev", "fill-dev", "canny-dev", "depth-dev")},
@@ -74,10 +91,17 @@ SOURCES = {  # file -> folder under models/, repository on Hugging Face, and its
     REDUX: ("style_models", "black-forest-labs/FLUX.1-Redux-dev", ""),
     SIGCLIP: ("clip_vision", "Comfy-Org/sigclip_vision_384", ""),
     TURBO: ("loras", "alimama-creative/FLUX.1-Turbo-Alpha", "diffusion_pytorch_model.safetensors"),
+    QWEN: ("diffusion_models", "nunchaku-ai/nunchaku-qwen-image", ""),
+    QWEN_EDIT: ("diffusion_models", "nunchaku-ai/nunchaku-qwen-image-edit-2509", ""),
+    QWEN_VL: ("text_encoders", "Comfy-Org/Qwen-Image_ComfyUI", ""),
+    QWEN_VAE: ("vae", "Comfy-Org/Qwen-Image_ComfyUI", ""),
+    LIGHTNING: ("loras", "lightx2v/Qwen-Image-Lightning", ""),
+    Z_IMAGE: ("diffusion_models", "nunchaku-ai/nunchaku-z-image-turbo", ""),
+    QWEN3: ("text_encoders", "Comfy-Org/z_image_turbo", ""),
 }  # fmt: skip
 OF_EVERY_FILE = (
     "INT4 files (`svdq-int4…`) and NVFP4 files (`svdq-fp4…`) both run on any GPU; where only the other one is there, it is taken. "
-    "To fetch a 4-bit file or a text encoder: `python custom_nodes/ComfyUI-Tonfa download {}`, with ComfyUI's Python."
+    "To fetch {}: `python custom_nodes/ComfyUI-Tonfa download {}`, with ComfyUI's Python."
 )
 SCENE = "A lighthouse on a cliff above a calm sea at dawn, soft light, wide view, film photograph"
 
@@ -133,7 +157,8 @@ class Graph:
             folder, repository, there = SOURCES[name]
             comes = f"[{repository}](https://huggingface.co/{repository})" + (f", there called `{there}`" if there else "")
             lines.append(f"- `{name}` in `models/{folder}`: {comes}")
-        lines = [*lines, "", more, "", OF_EVERY_FILE.format(files[0])] if files else [lines[0], more]
+        there = "a 4-bit file or a text encoder" if CLIP_L in files else "the 4-bit file"
+        lines = [*lines, "", more, "", OF_EVERY_FILE.format(there, files[0])] if files else [lines[0], more]
         self.add("MarkdownNote", "\n".join(lines), title="Files", height=420)
 
     def saved(self, stem: str) -> dict:
@@ -167,11 +192,13 @@ def prompt(g: Graph, clip, text: str, guidance: float | None = 3.5):
     return positive, g.add("ConditioningZeroOut", conditioning=said)
 
 
-def picture(g: Graph, model, positive, negative, latent, vae, stem: str, steps: int = 20, tiled: bool = False) -> None:
+def picture(
+    g: Graph, model, positive, negative, latent, vae, stem: str, steps: int = 20, tiled: bool = False, cfg: float = 1.0, sampler="euler"
+) -> None:
     """Sampler, VAE, SaveImage: the last two columns."""
     g.column()
     wires = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
-    samples = g.add("KSampler", 42, "fixed", steps, 1.0, "euler", "simple", 1.0, **wires)
+    samples = g.add("KSampler", 42, "fixed", steps, cfg, sampler, "simple", 1.0, **wires)
     if tiled:
         images = g.add("VAEDecodeTiled", 512, 64, 64, 8, samples=samples, vae=vae)
     else:
@@ -186,6 +213,43 @@ def text_to_image(g: Graph, stem: str, kind: str = "dev", steps: int = 20, guida
     positive, negative = prompt(g, clip, SCENE, guidance)
     latent = g.add("EmptySD3LatentImage", 1024, 1024, 1)
     picture(g, model, positive, negative, latent, vae, stem, steps, tiled)
+
+
+def qwen_loaders(g: Graph, name: str):
+    """As `loaders`, for Qwen-Image."""
+    g.column()
+    clip = g.add("CLIPLoader", QWEN_VL, "qwen_image", "default")
+    vae = g.add("VAELoader", QWEN_VAE)
+    model = g.add("NunchakuQwenImageDiTLoader", name, "auto", 1, "disable", "auto")
+    return model, clip, vae
+
+
+def qwen_picture(g: Graph, stem: str, lora: str = "", steps: int = 20, cfg: float = 2.5) -> None:
+    """Qwen-Image from a prompt; with a LoRA between loader and sampler."""
+    model, clip, vae = qwen_loaders(g, QWEN)
+    g.column()
+    if lora:
+        model = g.add("LoraLoaderModelOnly", lora, 1.0, model=model)
+    model = g.add("ModelSamplingAuraFlow", 3.1, model=model)
+    positive = g.add("CLIPTextEncode", SCENE, clip=clip, title="Prompt")
+    negative = g.add("CLIPTextEncode", " ", clip=clip, title="Negative prompt")
+    latent = g.add("EmptySD3LatentImage", 1328, 1328, 1)
+    picture(g, model, positive, negative, latent, vae, stem, steps, cfg=cfg)
+
+
+def z_picture(g: Graph, stem: str, lora: str = "") -> None:
+    """Z-Image Turbo from a prompt; with a LoRA between loader and sampler."""
+    g.column()
+    clip = g.add("CLIPLoader", QWEN3, "lumina2", "default")
+    vae = g.add("VAELoader", AE)
+    model = g.add("NunchakuZImageDiTLoader", Z_IMAGE, "auto")
+    g.column()
+    if lora:
+        model = g.add("LoraLoaderModelOnly", lora, 0.8, model=model)
+    model = g.add("ModelSamplingAuraFlow", 3.0, model=model)
+    positive, negative = prompt(g, clip, SCENE, guidance=None)
+    latent = g.add("EmptySD3LatentImage", 1024, 1024, 1)
+    picture(g, model, positive, negative, latent, vae, stem, steps=9, sampler="res_multistep")
 
 
 # -- the graphs -------------------------------------------------------------------------------------------------------------------------
@@ -324,6 +388,53 @@ def eight_gb(g: Graph, stem: str) -> None:
     text_to_image(g, stem, clip4=True, offload="enable", tiled=True)
 
 
+def qwen_image(g: Graph, stem: str) -> None:
+    more = "20 steps at CFG 2.5; 50 at 4 are the model's own. More shift in *ModelSamplingAuraFlow* where pictures are blurred or dark, "
+    more += "less for finer detail. Rank 128 (`svdq-int4_r128…`) is closer to the 16-bit model, larger and a little slower."
+    g.note("Qwen-Image in 4 bit", QWEN, QWEN_VL, QWEN_VAE, more=more)
+    qwen_picture(g, stem)
+
+
+def qwen_lightning(g: Graph, stem: str) -> None:
+    more = "With the Lightning LoRA 8 steps at CFG 1 are enough, and at CFG 1 the negative prompt does nothing. There is one for 4 steps, "
+    more += "too. *Nunchaku Qwen-Image LoRA Loader* and *Stack* do the same as ComfyUI's own LoRA nodes, in any number and order."
+    g.note("Qwen-Image in 4 bit with a Lightning LoRA", QWEN, LIGHTNING, QWEN_VL, QWEN_VAE, more=more)
+    qwen_picture(g, stem, LIGHTNING, steps=8, cfg=1.0)
+
+
+def qwen_edit(g: Graph, stem: str) -> None:
+    more = "The picture to edit is chosen in *Load Image*; the prompt says what shall change. `image2` and `image3` of both prompt nodes "
+    more += "take further pictures, which the prompt calls image 2 and image 3. The result has the size of the first one, brought to a "
+    more += "megapixel. 20 steps at CFG 2.5 are quicker."
+    g.note("Qwen-Image-Edit-2509 in 4 bit", QWEN_EDIT, QWEN_VL, QWEN_VAE, more=more)
+    model, clip, vae = qwen_loaders(g, QWEN_EDIT)
+    g.column()
+    image, _ = g.add("LoadImage", "example.png", "image", title="Picture to edit")
+    image = g.add("ImageScaleToTotalPixels", "lanczos", 1.0, image=image)
+    latent = g.add("VAEEncode", pixels=image, vae=vae)
+    g.column()
+    model = g.add("ModelSamplingAuraFlow", 3.0, model=model)
+    model = g.add("CFGNorm", 1.0, model=model)
+    wires = {"clip": clip, "vae": vae, "image1": image}
+    said = "Make it a winter scene with snow, keep everything else as it is"
+    positive = g.add("TextEncodeQwenImageEditPlus", said, title="Prompt", **wires)
+    negative = g.add("TextEncodeQwenImageEditPlus", "", title="Negative prompt", **wires)
+    picture(g, model, positive, negative, latent, vae, stem, steps=40, cfg=4.0)
+
+
+def z_image(g: Graph, stem: str) -> None:
+    more = "Needs a ComfyUI that has Z-Image. 9 steps at CFG 1; the negative conditioning is empty. `ae.safetensors` is FLUX.1's."
+    g.note("Z-Image Turbo in 4 bit", Z_IMAGE, QWEN3, AE, more=more)
+    z_picture(g, stem)
+
+
+def z_image_lora(g: Graph, stem: str) -> None:
+    more = "Needs a ComfyUI that has Z-Image. The LoRA is any Z-Image LoRA of yours, in `models/loras`. ComfyUI's own LoRA nodes and "
+    more += "*Nunchaku Qwen-Image LoRA Loader* and *Stack* work in any number and order."
+    g.note("Z-Image Turbo in 4 bit with a LoRA", Z_IMAGE, QWEN3, AE, more=more)
+    z_picture(g, stem, "my-style.safetensors")
+
+
 def miniature(g: Graph, stem: str) -> None:
     more = "Nothing to download: the miniature comes with the pack. *Tonfa Quantize FLUX* samples the captions on the left, writes "
     more += "`models/diffusion_models/tonfa-miniature-int4.safetensors` and a report of every layer beside it; then both models draw the "
@@ -376,6 +487,11 @@ GRAPHS = {
     "tonfa-flux.1-dev-controlnet-union": controlnet,
     "tonfa-flux.1-dev-4bit-t5": four_bit_t5,
     "tonfa-flux.1-dev-8gb": eight_gb,
+    "tonfa-qwen-image": qwen_image,
+    "tonfa-qwen-image-lightning-lora": qwen_lightning,
+    "tonfa-qwen-image-edit-2509": qwen_edit,
+    "tonfa-z-image-turbo": z_image,
+    "tonfa-z-image-turbo-lora": z_image_lora,
 }
 
 

@@ -37,22 +37,26 @@ if LACKING:
     pytest.skip(f"the browser test needs {' and '.join(LACKING)}", allow_module_level=True)
 
 OWN = sorted((Path(tonfa.__file__).parent / "workflows").glob("*.json"))
-LATER = ("Qwen", "ZImage", "Pulid", "PuLID", "IPAdapter")  # what a node's name holds that has no place in this version
+LATER = ("Pulid", "PuLID", "IPAdapter")  # what a node's name holds that has no place in this version
 NEEDED = {  # every node of ComfyUI-nunchaku that the other graphs hold
     "NunchakuFluxDiTLoader", "NunchakuFluxLoraLoader", "NunchakuTextEncoderLoader", "NunchakuTextEncoderLoaderV2",
-    "NunchakuModelMerger", "NunchakuWheelInstaller",
+    "NunchakuQwenImageDiTLoader", "NunchakuZImageDiTLoader", "NunchakuModelMerger", "NunchakuWheelInstaller",
 }  # fmt: skip
 FOLDERS = {  # node -> where the files lie that its widgets name
     "NunchakuFluxDiTLoader": "models/diffusion_models",
+    "NunchakuQwenImageDiTLoader": "models/diffusion_models",
+    "NunchakuZImageDiTLoader": "models/diffusion_models",
     "NunchakuFluxLoraLoader": "models/loras",
     "NunchakuTextEncoderLoader": "models/text_encoders",
     "NunchakuTextEncoderLoaderV2": "models/text_encoders",
+    "CLIPLoader": "models/text_encoders",
     "CLIPVisionLoader": "models/clip_vision",
     "ControlNetLoader": "models/controlnet",
     "DualCLIPLoader": "models/text_encoders",
     "LoadImage": "input",
     "LoadImageOutput": "output",
     "LoraLoaderModelOnly": "models/loras",
+    "ModelPatchLoader": "models/model_patches",
     "StyleModelLoader": "models/style_models",
     "VAELoader": "models/vae",
 }
@@ -65,7 +69,13 @@ SETTINGS = {  # of the front end: no tutorial over the graph, and names on small
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
-WINDOWS = ("tonfa-flux.1-dev", "tonfa-flux.1-dev-controlnet-union", "nunchaku-flux.1-dev-qencoder")  # for a person to look at
+WINDOWS = (
+    "tonfa-flux.1-dev",
+    "tonfa-flux.1-dev-controlnet-union",
+    "tonfa-qwen-image-edit-2509",
+    "nunchaku-flux.1-dev-qencoder",
+    "nunchaku-z-image-turbo-controlnet",
+)  # for a person to look at
 OPEN = """async ([graph, name]) => {
     await app.loadGraphData(graph, true, true, name)
     const {output} = await app.graphToPrompt()
@@ -205,12 +215,16 @@ def photograph(page, file: Path) -> None:
 
 @pytest.mark.skipif(not graphs.FOLDER.is_dir(), reason=graphs.WHY_NOT)
 def test_which_graphs_this_version_opens():
-    assert (len(list(graphs.FOLDER.glob("*.json"))), len(OTHERS)) == (25, 16)
+    assert (len(list(graphs.FOLDER.glob("*.json"))), len(OTHERS)) == (25, 23)
     assert {kind for path in OTHERS for kind in types(path) if nunchaku(kind)} == NEEDED
 
 
 def test_the_nodes_of_those_graphs_are_registered(server):
-    assert set(server.get("/object_info")) >= NEEDED | {"NunchakuFluxLoraStack"}
+    assert set(server.get("/object_info")) >= NEEDED | {
+        "NunchakuFluxLoraStack",
+        "NunchakuQwenImageLoraLoader",
+        "NunchakuQwenImageLoraStack",
+    }
 
 
 def test_pictures(page, out):

@@ -57,8 +57,8 @@ def test_a_graph_holds_together(path):
         assert link in by_id[source]["outputs"][out]["links"] and by_id[source]["outputs"][out]["type"] == kind
         assert by_id[target]["inputs"][slot]["link"] == link and by_id[target]["inputs"][slot]["type"] == kind
     for node in graph["nodes"]:
-        linked = [slot for slot in node["inputs"] if "widget" not in slot]
-        assert all(slot["link"] for slot in linked), node["type"]
+        needed = [slot for slot in node["inputs"] if "widget" not in slot and "shape" not in slot]
+        assert all(slot["link"] for slot in needed), node["type"]
     boxes = [(*node["pos"], *(p + s for p, s in zip(node["pos"], node["size"], strict=True))) for node in graph["nodes"]]
     for i, a in enumerate(boxes):
         assert not [b for b in boxes[:i] if a[0] < b[2] and b[0] < a[2] and a[1] - 30 < b[3] and b[1] - 30 < a[3]], "nodes overlap"
@@ -68,7 +68,8 @@ def test_a_graph_holds_together(path):
 def test_our_nodes_values_fit_their_inputs(path, no_files):
     """They are saved by position; what a node got since then goes behind them."""
     nodes = our_nodes(path)
-    assert {"NunchakuFluxDiTLoader", "TonfaQuantizeFlux"} & {node["type"] for node in nodes}
+    ends = {"NunchakuFluxDiTLoader", "NunchakuQwenImageDiTLoader", "NunchakuZImageDiTLoader", "TonfaQuantizeFlux"}
+    assert len(ends & {node["type"] for node in nodes}) == 1
     for node in nodes:
         groups = tonfa.NODE_CLASS_MAPPINGS[node["type"]].INPUT_TYPES()
         inputs = {**groups["required"], **groups.get("optional", {})}
