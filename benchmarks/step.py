@@ -134,7 +134,7 @@ def flux_params(checkpoint: str) -> object:
     from tonfa.models.formats.checkpoint import open_checkpoint
     from tonfa.nodes.host.flux_shell import unet_config
 
-    config = unet_config(open_checkpoint(checkpoint))
+    config = unet_config(open_checkpoint(checkpoint).config)
     return FluxParams(**{name: value for name, value in config.items() if name != "image_model"})
 
 
