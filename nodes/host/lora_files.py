@@ -120,7 +120,8 @@ def make_patches(patcher: object, tensors: dict[str, Tensor], name: str, width: 
     except KeyError as error:  # half of a pair, in a file of another family than FLUX.1
         raise LoraError(f"LoRA {name} lacks the tensor {error}: the file is damaged or cut off. Download it again.") from error
     here = patcher.model.state_dict()
-    patches = {target: value for target, value in made.items() if key_of(target) in here}
+    stacked = windows_of(patcher.model)
+    patches = {target: value for target, value in made.items() if key_of(target) in here or key_of(target) in stacked}
     left = [*file.ignored, *unplaced(state, keys), *(key_of(target) for target in made if target not in patches)]
     if not patches:
         raise LoraError(f"LoRA {name} ({file.format}) has nothing for this model: {listed(left or list(tensors))}.")
@@ -154,7 +155,7 @@ def misfits(patches: Patches, here: dict[str, Tensor]) -> list[str]:
     wrong = []
     for key, value in patches.items():
         found = shape_of(value)
-        if found is None or key == IMG_IN or not isinstance(key, str) or here[key].dtype == torch.uint8:
+        if found is None or key == IMG_IN or not isinstance(key, str) or key not in here or here[key].dtype == torch.uint8:
             continue
         if tuple(here[key].shape) != found:
             wrong.append(f"{key} is {list(here[key].shape)}, the LoRA's {list(found)}")

@@ -28,6 +28,7 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
 
     _packed: tuple[nn.Module, dict[str, PackedLeaf]] | None = None
     _windows: tuple[nn.Module, dict[str, Window]] | None = None
+    _stacks = False  # while the host looks up the modules of keys: stacked linears are modules, their rows are not
     _hidden: dict[str, list[Patch]] | None = None  # patches on packed keys, while the host's own code is not to see them
 
     @property
@@ -138,7 +139,11 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
 
     def get_key_patches(self, *args: object, **kwargs: object) -> dict[str, list]:
         """The host's {key: [(weight, convert function), patches...]}: real numbers for whoever merges from this model, and plain biases."""
-        listed = super().get_key_patches(*args, **kwargs)
+        self._stacks = True
+        try:
+            listed = super().get_key_patches(*args, **kwargs)
+        finally:
+            self._stacks = False
         for key in listed:
             module = self.shifted(key)
             if module is not None:
@@ -158,11 +163,12 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
     def model_state_dict(self, *args: object, **kwargs: object) -> dict:
         """The host's, with dense weights and plain biases for whoever reads them."""
         state = super().model_state_dict(*args, **kwargs)
-        for key, window in self.windows.items():
-            if window.stacked in state:
-                state[key] = window.placeholder(state[window.stacked])
-        for key in {window.stacked for window in self.windows.values()}:
-            state.pop(key, None)
+        if not self._stacks:
+            for key, window in self.windows.items():
+                if window.stacked in state:
+                    state[key] = window.placeholder(state[window.stacked])
+            for key in {window.stacked for window in self.windows.values()}:
+                state.pop(key, None)
         return DenseState(state, self._dense_value)
 
     def _dense_value(self, key: str, stored: Tensor) -> Tensor:

@@ -16,16 +16,18 @@ from ...models.dense_flux import open_dense
 from ...models.formats.flux_names import host_linears, plain_specs
 from ...models.formats.writer import dims_of
 from ...models.miniature import AUTOENCODER, FLUX, FOLDER
-from .shell import norm_parameter, place, unet_config
+from .flux_shell import norm_parameter, unet_config
+from .shell import nearest, place
 
 
 def model(path: Path = FOLDER / FLUX, dtype: torch.dtype | None = None) -> comfy.model_patcher.ModelPatcher:
     """A MODEL of a dense FLUX of any size: weights in bf16, computing in bf16 where the device does. dtype: both in another type."""
-    where = place(0, "bfloat16")
+    where = place(0, "bfloat16", "Tonfa Miniature FLUX")
     with closing(open_dense(path)) as source:
         kind = comfy.supported_models.Flux if source.config["guidance_embed"] else comfy.supported_models.FluxSchnell
         config = kind(unet_config(source.config))
-        config.set_inference_dtype(dtype or torch.bfloat16, None if dtype or where.dtype == torch.bfloat16 else where.dtype)
+        computes_in = dtype or nearest(torch.bfloat16, where.load, config.supported_inference_dtypes)
+        config.set_inference_dtype(dtype or torch.bfloat16, None if computes_in == (dtype or torch.bfloat16) else computes_in)
         flow = comfy.model_base.ModelType.FLUX if source.config["guidance_embed"] else comfy.model_base.ModelType.FLOW
         made = comfy.model_base.Flux(config, model_type=flow, device=where.offload)
         state = {name.replace("_norm.scale", f"_norm.{norm_parameter()}"): tensor for name, tensor in named(source)}

@@ -56,21 +56,26 @@ def place(device_id: int, data_type: str, title: str) -> Placement:
     return Placement(load, load if offload.type != "cpu" else offload, DTYPES[data_type])
 
 
+def nearest(wanted: torch.dtype, device: torch.device, supported: list[torch.dtype]) -> torch.dtype:
+    """`wanted` where a model may compute in it and the device does, by the host's rules; else what the host would take."""
+    wanted = wanted if wanted in supported else supported[0]
+    return comfy.model_management.unet_manual_cast(wanted, device, supported) or wanted
+
+
 def fitting(where: Placement, supported: list[torch.dtype], checkpoint: PackedCheckpoint, title: str) -> torch.dtype:
     """The type to compute in: the one asked for, unless the host's rules for this model and device have another, or, if it is float16,
     a 16-bit layer of the file has values beyond its range. One log line then."""
-    wanted, manager = where.dtype, comfy.model_management
+    wanted = where.dtype
     if wanted == torch.float32:  # not on the node: no rule is asked
         return wanted
-    taken = wanted if wanted in supported else supported[0]
-    dtype = manager.unet_manual_cast(taken, where.load, supported) or taken
+    dtype = nearest(wanted, where.load, supported)
     if dtype != wanted:
         asked, used = (str(t).removeprefix("torch.") for t in (wanted, dtype))
         log.info("%s: %s does not compute this model in %s by ComfyUI's rules; it computes in %s.", title, where.load, asked, used)
     if dtype == torch.float16:
         for name, tensor in checkpoint.outside_blocks().items():
             if tensor.numel() and tensor.abs().max() > LARGEST_FP16:
-                dtype = manager.unet_manual_cast(torch.bfloat16, where.load, [torch.bfloat16, torch.float32]) or torch.bfloat16
+                dtype = nearest(torch.bfloat16, where.load, [torch.bfloat16, torch.float32])
                 log.warning("%s: %s has values beyond float16's range, so the model computes in %s.", checkpoint.path, name, dtype)
                 break
     return dtype

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.ldm.qwen_image.model
@@ -13,9 +14,9 @@ import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
+from tonfa.kernels.layout import LogicalLinear
 from tonfa.models.dequantize import dense_state_dict
 from tonfa.models.formats.checkpoint import open_packed
-from tonfa.models.formats.quantize import quantize_linear, quantize_modulation
 from tonfa.nodes.host.shell import Placement, load_model
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def made(family: str = "qwen-image", precision: str = "int4", seed: int = 0, ran
     tensors, metadata, layers = maker(precision, rank, seed=seed, **changes)
     g = torch.Generator().manual_seed(seed)
     for prefix, layer in layers.items():
-        tensors |= packed_files.packed(prefix, tame(layer, rank, g), 6 if layer.precision == "w4a16" else 0)
+        tensors |= packed_files.packed(prefix, tame(layer, g), 6 if layer.precision == "w4a16" else 0)
     quantised = set(layers)
     for name, tensor in tensors.items():
         prefix, _, suffix = name.rpartition(".")
@@ -56,15 +57,31 @@ def made(family: str = "qwen-image", precision: str = "int4", seed: int = 0, ran
     return packed_files.save(path, tensors, metadata)
 
 
-def tame(layer: object, rank: int, g: torch.Generator) -> object:
-    """A layer of the same kind and size that keeps its input's size, a part of it of low rank."""
-    n, k = layer.codes.shape
-    weight = torch.randn(n, k, generator=g) * k**-0.5
-    bias = None if layer.bias is None else torch.randn(n, generator=g) * 0.1
+def tame(layer: LogicalLinear, g: torch.Generator) -> LogicalLinear:
+    """A layer of the same kind and size that keeps its input's size. Codes are spread as those of quantised weights are."""
+    (n, k), dtype = layer.codes.shape, torch.bfloat16
     if layer.precision == "w4a16":
-        return quantize_modulation(weight * 0.5, bias)
-    smooth = torch.exp(0.4 * torch.randn(k, generator=g))
-    return quantize_linear(weight, bias, rank, layer.precision, layer.act_unsigned, smooth)
+        scales = (torch.rand(n, k // 64, generator=g) * 0.5 + 0.5).mul(0.1 * k**-0.5).to(dtype)
+        return replace(layer, scales=scales, zeros=(-7.5 * scales.float()).to(dtype), bias=(layer.bias * 0.2).to(dtype).float())
+    smooth = torch.exp(0.4 * torch.randn(k, generator=g)).to(dtype)
+    spread = torch.randn(n, k, generator=g)
+    if layer.precision == "int4":
+        codes, unit = (2.3 * spread).round().clamp(-7, 7).to(torch.int8).view(torch.uint8) & 15, 2.3
+    else:
+        codes, unit = torch.randint(0, 16, (n, k), generator=g, dtype=torch.uint8), 2.5  # of e2m1
+    shape = layer.scales.shape
+    scales = (torch.rand(shape, generator=g) * 0.5 + 0.75) * (k**-0.5 / unit)
+    top = None
+    if layer.precision == "nvfp4":
+        top = layer.channel_scale
+        scales = (scales / 0.5).to(torch.float8_e4m3fn)
+    else:
+        scales = scales.to(dtype)
+    rank = layer.down.shape[0]
+    down = (torch.randn(rank, k, generator=g) * k**-0.5).to(dtype)
+    up = (torch.randn(n, rank, generator=g) * 0.5 * rank**-0.5).to(dtype)
+    bias = None if layer.bias is None else (0.1 * torch.randn(n, generator=g)).to(dtype)
+    return replace(layer, codes=codes, scales=scales, smooth=smooth, down=down, up=up, channel_scale=top, bias=bias)
 
 
 def tame_plain(prefix: str, suffix: str, tensor: Tensor, g: torch.Generator) -> Tensor:
