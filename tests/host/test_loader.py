@@ -223,7 +223,7 @@ def test_a_missing_device_and_unknown_words_fall_back_with_a_line_each(caplog):
 
 def test_data_type_on_the_cpu_is_what_the_host_would_take(caplog, models):
     """The line comes with a load, not with a run that keeps the model, and not before a file that is refused."""
-    said = "cpu does not compute in bfloat16 by ComfyUI's rules; the model computes in float32."
+    said = "Nunchaku FLUX DiT Loader: cpu does not compute this model in bfloat16 by ComfyUI's rules; it computes in float32."
     node, broken = NunchakuFluxDiTLoader(), models / "broken.safetensors"
     broken.write_bytes(b"nothing")
 
@@ -231,8 +231,7 @@ def test_data_type_on_the_cpu_is_what_the_host_would_take(caplog, models):
         return sum(said in r.getMessage() for r in caplog.records if r.name.startswith("tonfa"))
 
     with caplog.at_level(logging.INFO, logger="tonfa"):
-        where = shell.place(0, "bfloat16")
-        assert where.dtype == torch.float32 == comfy.model_management.unet_manual_cast(torch.bfloat16, CPU)
+        assert comfy.model_management.unet_manual_cast(torch.bfloat16, CPU) == torch.float32
         with pytest.raises(ValueError, match="broken.safetensors"):
             load(node, broken.name)
         assert times() == 0
@@ -243,37 +242,41 @@ def test_data_type_on_the_cpu_is_what_the_host_would_take(caplog, models):
 
 
 @pytest.fixture
-def two_gpus(monkeypatch):
-    """A machine with two CUDA devices that have every type, as far as placing goes."""
-    manager = comfy.model_management
+def every_type(monkeypatch):
+    """A device that has every type, as far as the host's rules go."""
+    monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda dtype, device, supported=(): None)
+
+
+def test_devices_that_are_there(caplog, monkeypatch):
+    manager, title = comfy.model_management, "Some Loader"
     monkeypatch.setattr(manager, "get_torch_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(manager, "unet_manual_cast", lambda dtype, device, supported=(): None)
-    return manager
-
-
-def test_devices_and_types_that_are_there(two_gpus, caplog, monkeypatch):
-    assert shell.place(0, "bfloat16") == shell.Placement(torch.device("cuda", 0), CPU, torch.bfloat16)
-    assert shell.place(1, "float16") == shell.Placement(torch.device("cuda", 1), CPU, torch.float16)
+    assert shell.place(0, "bfloat16", title) == shell.Placement(torch.device("cuda", 0), CPU, torch.bfloat16)
+    assert shell.place(1, "float16", title) == shell.Placement(torch.device("cuda", 1), CPU, torch.float16)
     assert lines(caplog) == []
-    assert shell.place(2, "float16").load == torch.device("cuda", 0)
-    assert "no device 2" in lines(caplog)[0]
-    monkeypatch.setattr(two_gpus, "unet_offload_device", lambda: torch.device("cuda", 0))  # --gpu-only
-    assert shell.place(1, "bfloat16").offload == torch.device("cuda", 1)
+    assert shell.place(2, "float16", title).load == torch.device("cuda", 0)
+    assert lines(caplog)[0].startswith("Some Loader: there is no device 2")
+    monkeypatch.setattr(manager, "unet_offload_device", lambda: torch.device("cuda", 0))  # --gpu-only
+    assert shell.place(1, "bfloat16", title).offload == torch.device("cuda", 1)
     assert NunchakuFluxDiTLoader.INPUT_TYPES()["required"]["device_id"][1]["max"] == 1
 
 
-def test_float16_is_left_when_the_file_has_larger_values(monkeypatch, caplog):
-    checkpoint = shell.open_checkpoint(INT4)
-    assert shell.fitting(torch.float16, checkpoint, CPU) == torch.float16
-    monkeypatch.setattr(shell, "outside_blocks", lambda checkpoint: {"img_in.weight": torch.tensor([1e5])})
-    assert shell.fitting(torch.float16, checkpoint, CPU) == torch.float32
+def test_float16_is_left_when_the_file_has_larger_values(monkeypatch, caplog, every_type):
+    checkpoint, supported = shell.open_packed(INT4), [torch.bfloat16, torch.float16, torch.float32]
+
+    def fitting(dtype: torch.dtype, supported: list = supported) -> torch.dtype:
+        return shell.fitting(shell.Placement(CPU, CPU, dtype), supported, checkpoint, "Some Loader")
+
+    assert fitting(torch.float16) == torch.float16 and lines(caplog) == []
+    monkeypatch.setattr(checkpoint, "outside_blocks", lambda: {"img_in.weight": torch.tensor([1e5])})
+    assert fitting(torch.float16) == torch.bfloat16
     assert "img_in.weight has values beyond float16's range" in lines(caplog)[0]
-    assert shell.fitting(torch.bfloat16, checkpoint, CPU) == torch.bfloat16
+    assert fitting(torch.bfloat16) == torch.bfloat16 and len(lines(caplog)) == 1
+    assert fitting(torch.float16, [torch.bfloat16, torch.float32]) == torch.bfloat16  # of a model that the host keeps off float16
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 45), (torch.float16, 60)])
-def test_the_types_that_a_gpu_computes_in(dtype, least):
+def test_the_types_that_a_gpu_computes_in(dtype, least, every_type):
     """On the CPU, against the dense twin in the same type: the type's own rounding is the host's too, and larger than the distance."""
     with torch.inference_mode():
         model = shell.load_model(str(made()), shell.Placement(CPU, CPU, dtype))
