@@ -24,7 +24,7 @@ from tonfa.models.comfyui import find_comfyui
 
 import nodes
 
-from . import encoders, graphs
+from . import encoders, families, graphs
 from .lab import DATA, loaded, made, sample, snr, twin
 from .test_lora_nodes import SDXL, by, generated
 
@@ -32,7 +32,7 @@ PACK = Path(tonfa.__file__).parent
 SHIM = Path(__file__).resolve().parent / "shim"  # its sitecustomize.py lets torchvision be imported beside a CPU torch
 MODEL = DATA / "mini_flux_int4.safetensors"
 STARTS_WITHIN, RUNS_WITHIN = 150, 60
-# The small models' conditioning is narrower than any text encoder's, so a node of the test's own makes it: lab.conditioning's numbers.
+# The small models' conditioning is narrower than any text encoder's, so a node of the test's own makes it: lab's or families' numbers.
 CONDITIONING_NODE = """
 import torch
 
@@ -41,11 +41,11 @@ class TestConditioning:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"seed": ("INT", {"default": 3})}}
+        return {"required": {"seed": ("INT", {"default": 3})}, "optional": {"width": ("INT", {"default": 96})}}
 
-    def make(self, seed):
+    def make(self, seed, width=96):
         g = torch.Generator().manual_seed(seed)
-        context = torch.randn(1, 12, 96, generator=g)
+        context = torch.randn(1, 12, width, generator=g)
         return ([[context, {"pooled_output": torch.randn(1, 64, generator=g), "guidance": 3.5}]],)
 
 NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning}
@@ -128,16 +128,18 @@ def server():
         yield running
 
 
+FLUX_VALUES = {
+    "cache_threshold": 0, "attention": "nunchaku-fp16", "cpu_offload": "auto", "device_id": 0, "data_type": "bfloat16",
+    "i2f_mode": "enabled",
+}  # fmt: skip
+
+
 def graph(model_path: str, prefix: str, key: str = "NunchakuFluxDiTLoader", **changes: object) -> dict:
     """Loader, sampler, SaveLatent; the loader's values as an old graph saved them (cache_threshold an integer, no `compute`)."""
-    values = {
-        "model_path": model_path, "cache_threshold": 0, "attention": "nunchaku-fp16", "cpu_offload": "auto", "device_id": 0,
-        "data_type": "bfloat16", "i2f_mode": "enabled",
-    }  # fmt: skip
     sampler = {"seed": 1, "steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0]}
     return {
-        "1": {"class_type": key, "inputs": {**values, **changes}},
+        "1": {"class_type": key, "inputs": {"model_path": model_path, **FLUX_VALUES, **changes}},
         "2": {"class_type": "TestConditioning", "inputs": {"seed": 3}},
         "3": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 96, "height": 64, "batch_size": 1}},
         "4": {"class_type": "KSampler", "inputs": {**sampler, **wires}},
@@ -203,6 +205,32 @@ def test_object_info_of_the_lora_nodes(server):
     assert old["deprecated"] is True and old["input"] == loader["input"]
 
 
+def test_object_info_of_the_other_two_loaders(server):
+    """What graphs made for ComfyUI-nunchaku hold first, in its order; all but the file optional, since API graphs may lack it."""
+    for key, title, first in (
+        ("NunchakuQwenImageDiTLoader", "Nunchaku Qwen-Image DiT Loader", ["cpu_offload", "num_blocks_on_gpu", "use_pin_memory"]),
+        ("NunchakuZImageDiTLoader", "Nunchaku Z-Image DiT Loader", []),
+    ):
+        info = server.get(f"/object_info/{key}")[key]
+        optional = info["input"]["optional"]
+        assert info["input_order"] == {"required": ["model_name"], "optional": list(optional)}
+        assert list(optional)[: len(first)] == first and len(optional) == 10
+        assert (info["display_name"], info["category"], info["output"]) == (title, "Nunchaku", ["MODEL"])
+        assert "svdq-int4_r32-flux.1-mini.safetensors" in info["input"]["required"]["model_name"][0]
+        blocks = optional["num_blocks_on_gpu"]
+        assert (blocks[0], blocks[1]["default"], blocks[1]["max"], blocks[1]["step"]) == ("INT", 1, 60, 1)
+        assert optional["use_pin_memory"][0] == ["enable", "disable"] and optional["use_pin_memory"][1]["default"] == "disable"
+
+
+def test_object_info_of_the_qwen_lora_nodes(server):
+    loader, stack = (server.get(f"/object_info/{key}")[key] for key in ("NunchakuQwenImageLoraLoader", "NunchakuQwenImageLoraStack"))
+    assert loader["input_order"]["required"] == ["model", "lora_name", "lora_strength"]
+    assert loader["input_order"]["optional"] == ["cpu_offload", "save_precompiled_lora"]
+    rows = [f"lora_{what}_{i}" for i in range(1, 11) for what in ("name", "strength")]
+    assert stack["input_order"]["required"] == ["model", "lora_count"]
+    assert stack["input_order"]["optional"] == ["cpu_offload", "apply_awq_mod", "save_precompiled_lora", *rows]
+
+
 def test_help_translations_and_example_are_served(server):
     assert b"`compute`" in server.request("/extensions/ComfyUI-Tonfa/docs/NunchakuFluxDiTLoader.md")
     assert server.get("/i18n")["zh"]["nodeDefs"]["NunchakuFluxDiTLoader"]["inputs"]["compute"]["name"]
@@ -255,6 +283,91 @@ def test_the_pack_imports_quietly_and_quickly(server):
     assert "IMPORT FAILED" not in log
     (line,) = [line for line in log.splitlines() if line.rstrip().endswith(os.path.join("custom_nodes", "ComfyUI-Tonfa"))]
     assert float(line.split("seconds")[0].split()[-1]) < 1.0
+
+
+# -- Qwen-Image and Z-Image -----------------------------------------------------------------------------------------------------------
+
+QWEN, Z = "svdq-int4_r16-qwen-image.safetensors", "svdq-int4_r16-z-image.safetensors"
+
+
+@pytest.fixture(scope="module")
+def other_families(server):
+    """Small files of the two other families."""
+    for name, family in ((QWEN, "qwen-image"), (Z, "z-image")):
+        shutil.copy(families.made(family), server.base / "models" / "diffusion_models" / name)
+
+
+def other(key: str, prefix: str, **values: object) -> dict:
+    """`graph` with another loader, on conditioning of those models' width."""
+    posted = graph("", prefix)
+    posted["1"] = {"class_type": key, "inputs": values}
+    posted["2"]["inputs"]["width"] = families.TEXT
+    posted["4"]["inputs"]["steps"] = 4
+    return posted
+
+
+def test_graphs_that_name_a_file_of_qwen_image_alone(server, other_families):
+    """As the first graphs of that node do; with the values of later ones; and with what no list has."""
+    wanted = families.sample(families.twin(families.made("qwen-image")), "qwen-image")
+    later = {"cpu_offload": "enable", "num_blocks_on_gpu": 1, "use_pin_memory": "disable"}
+    odd = {"cpu_offload": "maybe", "use_pin_memory": "yes", "num_blocks_on_gpu": 20.0, "device_id": 3, "data_type": "int8", "compute": "x"}
+    for prefix, values in {"one": {}, "four": later, "odd_qwen": odd}.items():
+        asked = {"one": QWEN, "four": "nunchaku\\" + QWEN, "odd_qwen": QWEN.replace("int4", "fp4")}[prefix]
+        entry = server.run(other("NunchakuQwenImageDiTLoader", prefix, model_name=asked, **values))
+        assert snr(latent(server, prefix, entry), wanted) > 50, prefix
+    assert "Nunchaku Qwen-Image DiT Loader: there is no device 3" in server.said()
+
+
+def test_a_file_of_another_family_loads_all_the_same(server, other_families):
+    entry = server.run(other("NunchakuFluxDiTLoader", "as_flux", model_path=QWEN, **FLUX_VALUES))
+    assert snr(latent(server, "as_flux", entry), families.sample(families.twin(families.made("qwen-image")), "qwen-image")) > 50
+    flux = "svdq-int4_r32-flux.1-mini.safetensors"
+    posted = graph("", "as_qwen") | {"1": {"class_type": "NunchakuQwenImageDiTLoader", "inputs": {"model_name": flux}}}
+    assert snr(latent(server, "as_qwen", server.run(posted)), sample(twin(MODEL), steps=8)) > 50
+    log = server.said()
+    assert log.count(f"Nunchaku FLUX DiT Loader: {QWEN} is Qwen-Image; loaded as that.") == 1
+    assert log.count(f"Nunchaku Qwen-Image DiT Loader: {flux} is FLUX.1; loaded as that.") == 1
+
+
+def test_z_image_or_the_sentence_that_says_what_it_needs(server, other_families):
+    entry = server.run(other("NunchakuZImageDiTLoader", "z", model_name=Z))
+    if families.HAS_Z_IMAGE:
+        assert snr(latent(server, "z", entry), families.sample(families.twin(families.made("z-image")), "z-image")) > 50
+        return
+    kind, said = entry["status"]["messages"][-1]
+    assert kind == "execution_error" and said["node_type"] == "NunchakuZImageDiTLoader"
+    assert "is Z-Image, which this ComfyUI does not have" in said["exception_message"]
+
+
+def test_every_lora_node_on_qwen_image(server, base, other_families):
+    """The stack's row beyond lora_count does not count."""
+    tensors, g = {}, torch.Generator().manual_seed(5)
+    for layer in ("attn.to_q", "attn.add_v_proj", "attn.to_out.0", "img_mlp.net.2", "txt_mod.1"):
+        n, k = {"img_mlp.net.2": (1, 4), "txt_mod.1": (6, 1)}.get(layer, (1, 1))
+        hidden = families.packed_files.HIDDEN
+        tensors[f"transformer.transformer_blocks.1.{layer}.lora_A.weight"] = torch.randn(4, k * hidden, generator=g) * (k * hidden) ** -0.5
+        tensors[f"transformer.transformer_blocks.1.{layer}.lora_B.weight"] = torch.randn(n * hidden, 4, generator=g) * 0.5
+    for root in (server.base, Path(base)):
+        (root / "models" / "loras").mkdir(exist_ok=True)
+        save_file(tensors, root / "models" / "loras" / "qwen.safetensors")
+    rows = {"lora_name_1": "qwen.safetensors", "lora_strength_1": 0.25, "lora_name_2": "qwen.safetensors", "lora_strength_2": 9.0}
+    idle = {"cpu_offload": "disable", "apply_awq_mod": True, "save_precompiled_lora": False}
+    chain = {
+        "a": ("NunchakuQwenImageLoraLoader", {"lora_name": "old\\qwen.safetensors", "lora_strength": 0.5}),
+        "b": ("NunchakuQwenImageLoraStack", {"lora_count": 1, **idle, **rows}),
+        "c": ("LoraLoaderModelOnly", {"lora_name": "qwen.safetensors", "strength_model": 0.25}),
+    }
+    posted, last = other("NunchakuQwenImageDiTLoader", "qwen_lora", model_name=QWEN), "1"
+    for key, (kind, inputs) in chain.items():
+        posted[key] = {"class_type": kind, "inputs": {**inputs, "model": [last, 0]}}
+        last = key
+    posted["4"]["inputs"]["model"] = [last, 0]
+    got = latent(server, "qwen_lora", server.run(posted))
+    dense = families.twin(families.made("qwen-image"))
+    with torch.inference_mode():
+        with_lora = nodes.LoraLoaderModelOnly().load_lora_model_only(dense, "qwen.safetensors", 1.0)[0]
+    assert snr(got, families.sample(with_lora, "qwen-image")) > 50
+    assert snr(got, families.sample(dense, "qwen-image")) < 30
 
 
 # -- LoRA ---------------------------------------------------------------------------------------------------------------------------
