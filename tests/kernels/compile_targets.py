@@ -20,6 +20,7 @@ import torch
 import triton
 from tonfa.kernels import attention_fp16_triton as attention
 from tonfa.kernels import expand_weight_triton as expand
+from tonfa.kernels import norm_gate_triton as norm_gate
 from tonfa.kernels import norm_modulate_triton as norm_modulate
 from tonfa.kernels import qk_norm_rope_triton as rope
 from tonfa.kernels import rounding
@@ -97,6 +98,7 @@ def quantize_variant(
     byte_codes,
     *,
     norm,
+    rms=False,
     rows=4608,
     k=3072,
     ranks=32,
@@ -113,6 +115,7 @@ def quantize_variant(
     codes = wide.get(kind, torch.uint8 if byte_codes else torch.int8)
     types = dict.fromkeys(quantize._quantize.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
     types |= dict.fromkeys(("smooth", "row_amax", "scales", "moments"), "*fp32") | {"codes": POINTERS[codes], "down": f"*{pair}"}
+    types |= dict.fromkeys(("shift", "scale"), "*fp32") if rms else {}
     types["extra"] = types["down"]
     types["products"] = lowrank if tile.pieces == 1 else "*fp32"
     if target.copy_engine:
@@ -120,9 +123,9 @@ def quantize_variant(
         types["down"] = f"tensordesc<{pair}[{tile.bk}, {block}]>" if ranks else types["x"]
         types["extra"] = f"tensordesc<{pair}[{tile.bk}, {extra_block}]>" if extra else types["x"]
     constants = {
-        "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "ONE_BATCH": batches == 1,
-        "RB": block, "XB": extra_block, "BM": tile.bm, "BK": tile.bk, "STAGES": tile.stages, "COPY_ENGINE": target.copy_engine,
-        "PTX": rounding.has_pairs(target), "EMULATE": False,
+        "x_col": 1, "KIND": kind, "LARGEST": largest, "BYTES": byte_codes, "UNSIGNED": unsigned, "NORM": norm, "RMS": rms,
+        "ONE_BATCH": batches == 1, "RB": block, "XB": extra_block, "BM": tile.bm, "BK": tile.bk, "STAGES": tile.stages,
+        "COPY_ENGINE": target.copy_engine, "PTX": rounding.has_pairs(target), "EMULATE": False,
     }  # fmt: skip
     narrow = tile.bm < 64 and target.name.startswith("sm_")  # too few rows for the newer instructions
     wanted = r"mma\.sync\S+\.bf16" if narrow else instruction(target, "bf16")
@@ -130,13 +133,13 @@ def quantize_variant(
     return Variant(f"smooth_quantize {name}", quantize._quantize, types, constants, tile.warps, 3, (wanted,) if ranks else (), registers)
 
 
-def statistics_variant(name, target, dtype, *, norm, amax, k=3072, unsigned=False) -> Variant:
+def statistics_variant(name, target, dtype, *, norm, amax, rms=False, k=3072, unsigned=False) -> Variant:
     kernel = statistics._row_statistics
     width, rest, warps = statistics.row_tile(k)
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale"), POINTERS[dtype])
-    types |= {"smooth": "*fp32", "moments": "*fp32", "amax": "*fp32", "eps": "fp32"}
+    types |= {"smooth": "*fp32", "moments": "*fp32", "amax": "*fp32", "eps": "fp32"} | ({"scale": "*fp32"} if rms else {})
     constants = {
-        "x_col": 1, "NORM": norm, "AMAX": amax, "UNSIGNED": unsigned, "ONE_BATCH": True, "BM": 1, "BK": width, "REST": rest,
+        "x_col": 1, "NORM": norm, "RMS": rms, "AMAX": amax, "UNSIGNED": unsigned, "ONE_BATCH": True, "BM": 1, "BK": width, "REST": rest,
         "PTX": rounding.has_pairs(target), "EMULATE": False,
     }  # fmt: skip
     return Variant(f"row_statistics {name}", kernel, types, constants, warps, 3, ())
@@ -148,7 +151,8 @@ def add_variant(target, lowrank) -> Variant:
     return Variant(f"smooth_quantize add pieces {lowrank}", quantize._add_pieces, types, constants, 4, 3, ())
 
 
-SWITCHES = ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE")
+SWITCHES = ("HAS_CHANNEL", "HAS_SHIFT", "ACCUMULATE", "GELU", "GATE", "PAIRED", "SWIGLU")
+SWIGLU = {"PAIRED": True, "SWIGLU": True}
 
 
 def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, extra=0, **flags) -> Variant:
@@ -229,22 +233,41 @@ def down_variant(dtype) -> Variant:
 
 
 def norm_variants(target: Target, dtype) -> list[Variant]:
+    return [
+        norm_variant("norm_modulate", target, dtype),
+        norm_variant("norm_modulate, rms", target, dtype, rms=True),
+        statistics_variant("norm", target, dtype, norm=True, amax=False),
+        statistics_variant("rms norm, K 3840", target, dtype, norm=True, amax=False, rms=True, k=3840),
+    ]
+
+
+def norm_variant(name, target: Target, dtype, *, rms=False) -> Variant:
     kernel = norm_modulate._norm_modulate
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("x", "shift", "scale", "out"), POINTERS[dtype]) | {"moments": "*fp32"}
-    pairs = rounding.has_pairs(target)
-    constants = {"x_col": 1, "ONE_BATCH": True, "BM": norm_modulate._BM, "BK": norm_modulate._BK, "PTX": pairs, "EMULATE": False}
-    norm = Variant("norm_modulate", kernel, types, constants, 4, 3, ())
-    return [norm, statistics_variant("norm", target, dtype, norm=True, amax=False)]
+    types |= {"scale": "*fp32"} if rms else {}
+    constants = {"x_col": 1, "RMS": rms, "ONE_BATCH": True, "BM": norm_modulate._BM, "BK": norm_modulate._BK, "EMULATE": False}
+    return Variant(name, kernel, types, constants | {"PTX": rounding.has_pairs(target)}, 4, 3, ())
 
 
 def dotless_variants(dtype, target: Target) -> list[Variant]:
     """Kernels without matrix instructions, which every GPU runs."""
+    linears = [*(linear_variant(target, dtype, rows) for rows in (1, 2, 4)), linear_variant(target, dtype, 1, 48), down_variant(dtype)]
+    ropes = [rope_variant("qk_norm_rope", dtype, torch.float32), rope_variant("qk_norm_rope, 16 bit table and scales", dtype, dtype)]
+    return [*linears, *ropes, *(gate_variant(form, k) for form, k in ((dtype, 3840), (torch.float32, 3840), (torch.float32, 10240)))]
+
+
+def rope_variant(name, dtype, table) -> Variant:
     kernel = rope.qk_norm_rope_kernel
     types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32", "qkv": POINTERS[dtype]}
-    types |= dict.fromkeys(("query_scale", "key_scale", "pe"), "*fp32")
-    constants = {"HEADS": 24, "BLOCK_H": 32, "D": 128, "ROPE": True, "EMULATE": False}
-    linears = [*(linear_variant(target, dtype, rows) for rows in (1, 2, 4)), linear_variant(target, dtype, 1, 48), down_variant(dtype)]
-    return [*linears, Variant("qk_norm_rope", kernel, types, constants, 4, 3, ())]
+    types |= dict.fromkeys(("query_scale", "key_scale", "pe"), POINTERS[table])
+    return Variant(name, kernel, types, {"HEADS": 24, "BLOCK_H": 32, "D": 128, "ROPE": True, "EMULATE": False}, 4, 3, ())
+
+
+def gate_variant(dtype, k) -> Variant:
+    block, warps = norm_gate.row_block(k)
+    types = dict.fromkeys(norm_gate._norm_gate.arg_names, "i32") | dict.fromkeys(("x", "y", "out"), POINTERS[dtype])
+    types |= {"gate": "*fp32", "eps": "fp32"}
+    return Variant(f"norm_gate {dtype}, K {k}", norm_gate._norm_gate, types, {"BLOCK": block, "EMULATE": False}, warps, 3, ())
 
 
 def e4m3_variants(target: Target) -> list[Variant]:
@@ -260,6 +283,11 @@ def e4m3_variants(target: Target) -> list[Variant]:
         quantize_variant("fast, norm, fp16", target, fp16, "e4m3", 0, True, norm=True, pair="fp16"),
         quantize_variant("fast, many rows, to bf16", target, bf16, "e4m3", 0, True, norm=False, rows=65536, k=12288, lowrank="*bf16"),
         statistics_variant("norm, maximum", target, bf16, norm=True, amax=True),
+        statistics_variant("rms norm, maximum, K 3840", target, bf16, norm=True, amax=True, rms=True, k=3840),
+        statistics_variant("rms norm, maximum, fp16, K 3840", target, fp16, norm=True, amax=True, rms=True, k=3840),
+        quantize_variant("fast, rms norm, K 3840", target, bf16, "e4m3", 0, True, norm=True, rms=True, rows=4128, k=3840, ranks=128),
+        quantize_variant("exact wide, rms norm, K 3840", target, bf16, "half", 7, True, norm=True, rms=True, k=3840, ranks=128),
+        quantize_variant("fast, rms norm, fp16", target, fp16, "e4m3", 0, True, norm=True, rms=True, k=3840, pair="fp16"),
         statistics_variant("maximum, K 12288", target, bf16, norm=False, amax=True, k=12288),
         statistics_variant("maximum, shifted, fp16", target, fp16, norm=False, amax=True, k=12288, unsigned=True),
         add_variant(target, "*bf16"),
@@ -282,6 +310,12 @@ def e4m3_variants(target: Target) -> list[Variant]:
         *wide_variants("fast, fp16", target, fp16, "row", pair="fp16", HAS_SHIFT=True, **endings),
         *wide_variants("exact, gelu, peak", target, bf16, "half", peak=2, GELU=True),
         *wide_variants("exact, fp16, gate", target, fp16, "half", pair="fp16", **endings),
+        *wide_variants("fast, swiglu, peak", target, bf16, "row", peak=1, **SWIGLU),
+        *wide_variants("fast, swiglu, peak, lora 32", target, bf16, "row", peak=1, extra=32, **SWIGLU),
+        *wide_variants("fast, pairs in order, gate", target, fp16, "row", pair="fp16", PAIRED=True, GATE=True),
+        *wide_variants("exact, swiglu, peak", target, bf16, "half", peak=1, **SWIGLU),
+        matmul_variant("exact, 200 rows, swiglu", target, fp16, "int4", "e4m3", 200, **SWIGLU),
+        matmul_variant("exact, 1 row, swiglu", target, bf16, "int4", "e4m3", 1, **SWIGLU),
         expand_variant("e4m3", target, "*bf16", 3072),
         expand_variant("half", target, "*bf16", 3072),
         expand_variant("half", target, "*fp16", 12288),
@@ -296,6 +330,9 @@ def int8_variants(target: Target) -> list[Variant]:
         quantize_variant("exact unsigned", target, fp16, "int", 15, False, norm=False, unsigned=True),
         quantize_variant("fast, norm", target, bf16, "int", 127, False, norm=True, ranks=128),
         quantize_variant("fast, norm, fp16", target, fp16, "int", 127, False, norm=True),
+        quantize_variant("exact, rms norm, K 3840", target, bf16, "int", 7, False, norm=True, rms=True, k=3840, ranks=128),
+        quantize_variant("fast, rms norm, K 3840", target, bf16, "int", 127, False, norm=True, rms=True, k=3840, ranks=128),
+        quantize_variant("fast, rms norm, fp16", target, fp16, "int", 127, False, norm=True, rms=True, k=3840),
         matmul_variant("exact", target, bf16, "int4", "int8", 4608),
         matmul_variant("exact, magic", target, bf16, "int4", "int8", 4608, MAGIC=True),
         matmul_variant("exact, 1 row, gelu", target, bf16, "int4", "int8", 1, GELU=True),
@@ -303,6 +340,10 @@ def int8_variants(target: Target) -> list[Variant]:
         quantize_variant("fast, norm, lora 4 x 32", target, bf16, "int", 127, False, norm=True, ranks=64, extra=128),
         matmul_variant("fast, two segments, gelu", target, bf16, "int8", "int8", 4608, GELU=True),
         matmul_variant("fast, gate", target, fp16, "int8", "int8", 4608, HAS_SHIFT=True, GATE=True, ACCUMULATE=True),
+        matmul_variant("fast, swiglu, lora 32", target, bf16, "int8", "int8", 4608, extra=32, **SWIGLU),
+        matmul_variant("exact, swiglu", target, fp16, "int4", "int8", 4608, **SWIGLU),
+        matmul_variant("exact, 1 row, swiglu", target, bf16, "int4", "int8", 1, **SWIGLU),
+        matmul_variant("exact, pairs in order", target, bf16, "int4", "int8", 4608, PAIRED=True),
     ]
 
 
@@ -312,13 +353,17 @@ def nvfp4_variants(target: Target) -> list[Variant]:
     found = [
         quantize_variant("nvfp4 exact, norm", target, bf16, "nvfp4", 0, False, norm=True, ranks=128),
         quantize_variant("nvfp4 fast, norm", target, bf16, "plain", 0, False, norm=True),
+        quantize_variant("nvfp4 exact, rms norm, K 3840", target, bf16, "nvfp4", 0, False, norm=True, rms=True, k=3840, ranks=128),
+        quantize_variant("nvfp4 fast, rms norm, K 3840", target, bf16, "plain", 0, False, norm=True, rms=True, k=3840, ranks=128),
         matmul_variant("nvfp4", target, bf16, "plain", "e2m1", 200 if nvidia else 4608, rank=128, **endings),
         matmul_variant("nvfp4 fp16", target, fp16, "plain", "e2m1", 200),
         matmul_variant("nvfp4, 1 row", target, bf16, "plain", "e2m1", 1, rank=128, HAS_CHANNEL=True),
+        matmul_variant("nvfp4, swiglu", target, bf16, "plain", "e2m1", 200 if nvidia else 4608, rank=128, HAS_CHANNEL=True, **SWIGLU),
     ]
     if nvidia:
         found += wide_variants("nvfp4, gate", target, bf16, "plain", rank=128, **endings)
         found += wide_variants("nvfp4, gelu", target, fp16, "plain", rank=128, HAS_CHANNEL=True, GELU=True)
+        found += wide_variants("nvfp4, swiglu", target, bf16, "plain", rank=128, HAS_CHANNEL=True, **SWIGLU)
         found.append(expand_variant("plain", target, "*u8", 3072))
     return found
 
@@ -353,10 +398,10 @@ def variants(target: Target) -> list[Variant]:
     ]
 
 
-def spilled(compiled, target: Target) -> int:
-    """Bytes or registers spilled: stack and local memory of a cubin, .vgpr_spill_count of amdgcn."""
+def spilled(compiled, target: Target) -> tuple[int, int]:
+    """Bytes or registers spilled: stack and local memory of a cubin, .vgpr_spill_count of amdgcn. And a thread's registers on NVIDIA."""
     if target.name.startswith("gfx"):
-        return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+        return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])), 0
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -367,7 +412,7 @@ def spilled(compiled, target: Target) -> int:
         if found:  # sm_120's copy engine has zeros stored that nobody reads: a spill is loaded again
             text = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
             found = found if "LDL" in text else 0
-    return found
+    return found, int(usage["REG"])
 
 
 def check(variant: Variant, target: Target) -> dict:
@@ -381,9 +426,10 @@ def check(variant: Variant, target: Target) -> dict:
     missing = [wanted for wanted in variant.instructions if not re.search(wanted, text)]
     if variant.fn is quantize._quantize and re.search(r"wgmma\.wait_group\S* [1-9]", text):
         missing.append("wait for every product before the next step (see _low_rank)")
+    spills, registers = spilled(compiled, target)
     return row | {
         "instructions": variant.instructions, "missing": missing,
-        "spilled": spilled(compiled, target), "shared": compiled.metadata.shared, "limit": target.shared,
+        "spilled": spills, "registers": registers, "shared": compiled.metadata.shared, "limit": target.shared,
         "seconds": round(time.time() - start, 2),
     }  # fmt: skip
 

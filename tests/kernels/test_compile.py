@@ -39,12 +39,14 @@ def compiled(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942", "gfx1100", "gfx1201"])
 def test_kernels_compile_well(compiled, target):
     rows = [row for row in compiled if row["target"] == target]
-    assert len(rows) == {"sm_75": 6, "sm_80": 35, "sm_86": 35, "sm_90": 62}.get(target, 32 if target.startswith("gfx") else 57)
+    assert len(rows) == {"sm_75": 10, "sm_80": 52, "sm_86": 52, "sm_90": 85}.get(target, 48 if target.startswith("gfx") else 78)
     for row in rows:
         label = f"{target} {row['kernel']}"
         assert row["error"] is None, f"{label}: {row['error']}"
         assert not row["missing"], f"{label}: no {' and no '.join(row['missing'])} in the code"
         assert row["spilled"] == 0, f"{label}: spills {row['spilled']}"
+        if target == "sm_90" and row["kernel"].startswith("w4_matmul_wide fast"):
+            assert row["registers"] <= 128, f"{label}: {row['registers']} registers, one program a multiprocessor"
         assert row["shared"] <= row["limit"], f"{label}: {row['shared']} bytes of shared memory, the target has {row['limit']}"
     instructions = {wanted for row in rows if row["kernel"].startswith("w4_matmul") for wanted in row["instructions"]}
     # 8 bit and bf16; fp16 in exact beside e4m3 codes (on sm_100 one instruction with bf16); tf32 of the low-rank branch, NVIDIA only

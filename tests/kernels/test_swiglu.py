@@ -66,36 +66,27 @@ def test_without_an_ending_outputs_are_in_order(interpreter, kind, mode):
     layer, view, q = operands(kind, mode, BF16, rows)
     flat = operands(kind, mode, BF16, rows, paired=False)[1]
     gate, residual, old = torch.randn(1, 208).to(BF16), torch.randn(rows, 208).to(BF16), torch.randn(rows, 208).to(BF16)
-    for options in ({}, {"gelu_from": 104}, {"accumulate": True}, {"gate": gate, "residual": residual, "rows_per_batch": rows}):
+    for options in ({"gelu_from": 104}, {"accumulate": True, "gate": gate, "residual": residual, "rows_per_batch": rows}):
         got, want = (w4_matmul(q, v, layer.bias, old.clone(), Finish(**options)) for v in (view, flat))
         assert torch.equal(got, want), options
     compare(q, view, layer.bias, poisoned(rows, 208))
 
 
-@pytest.mark.parametrize("half", ["values", "gates", "both"])
-@pytest.mark.parametrize("rank, extra, dtype", [(16, 16, BF16), (32, 48, BF16), (0, 32, FP16), (48, 160, FP32)])
+@pytest.mark.parametrize("rank, extra, dtype, half", [(32, 32, BF16, "values"), (0, 48, FP16, "gates"), (48, 160, FP32, "both")])
 @pytest.mark.parametrize("kind, mode", [("int8", "exact"), ("e4m3", "exact"), ("e4m3", "fast"), ("half", "exact"), ("nvfp4", "fast")])
 def test_further_columns_on_a_half(interpreter, kind, mode, rank, extra, dtype, half):
     """Columns for one half change nothing of the other, with and without the ending."""
-    layer, view, bare = operands(kind, mode, dtype, 17, rank=rank)
-    plain = w4_matmul_torch(bare, view, None, torch.empty(17, 208))
-    with_columns(view, extra, (0,), dtype)
-    up = torch.randn(208, extra).to(dtype)
-    if half != "both":
-        up[104:] = 0 if half == "values" else up[104:]
-        up[:104] = 0 if half == "gates" else up[:104]
-    view.extra.up[:208] = in_pairs(up)
-    torch.manual_seed(0)
-    x = torch.randn(17, 192).to(dtype)
+    torch.manual_seed(1)
+    layer, view, _ = operands(kind, mode, dtype, 0, rank=rank)
+    x, up = torch.randn(17, 192).to(dtype), torch.randn(208, extra).to(dtype)
+    up[104:] *= half != "values"
+    up[:104] *= half != "gates"
+    with_columns(view, extra, (0,), dtype).extra.up[:208] = in_pairs(up)
     q = smooth_quantize_torch(x, view, mode, wide=kind == "half")
-    touched = {"values": slice(0, 104), "gates": slice(104, 208), "both": slice(0, 208)}[half]
-    y = w4_matmul_torch(q, view, None, torch.empty(17, 208))
-    changed = torch.zeros(208, dtype=torch.bool)
-    changed[touched] = True
-    ours = x.double() @ view.extra.down[:192].double() @ up.double().t()
-    rest = w4_matmul_torch(dataclasses.replace(q, extra=None), view, None, torch.empty(17, 208))
-    assert torch.equal(y[:, ~changed], rest[:, ~changed]) and relative(y - rest, ours) < 5e-3
-    assert relative(rest, plain) < 0.3 and (y - plain)[:, changed].norm() > 0.5 * ours.norm()
+    y, rest = (w4_matmul_torch(each, view, None, torch.empty(17, 208)) for each in (q, dataclasses.replace(q, extra=None)))
+    assert relative(y - rest, x.double() @ view.extra.down[:192].double() @ up.double().t()) < 5e-3
+    untouched = {"values": slice(104, 208), "gates": slice(0, 104), "both": slice(0, 0)}[half]
+    assert torch.equal(y[:, untouched], rest[:, untouched])
     compare(q, view, layer.bias, poisoned(17, 208, dtype=dtype))
     compare(q, view, layer.bias, poisoned(17, 104, dtype=dtype), swiglu=True)
 
@@ -111,18 +102,18 @@ def wide(interpreter):
 @pytest.mark.parametrize("kind, mode", [("e4m3", "fast"), ("half", "exact")])
 def test_kernel_leaves_the_row_maxima_of_the_next_layer(wide, kind, mode, dtype):
     """What smooth_quantize finds in the result is what the product left, bit for bit."""
-    layer, view, q = operands(kind, mode, dtype, 150, n=384, k=128, rank=16)
+    layer, view, q = operands(kind, mode, dtype, 70, n=384, k=128, rank=16)
     following = packed_view(random_layer("int4", 128, 192, 16))
-    out, peak = poisoned(150, 192, dtype=dtype), Peak(torch.zeros(150), following.smooth)
+    out, peak = poisoned(70, 192, dtype=dtype), Peak(torch.zeros(70), following.smooth)
     w4_matmul(q, view, layer.bias, out, Finish(swiglu=True, peak=peak))
     found = smooth_quantize(out, following, mode, wide=True)
     given = smooth_quantize(out, following, mode, row_amax=peak.amax, wide=True)
     assert torch.equal(found.scales, given.scales) and torch.equal(found.codes, given.codes)
-    assert torch.equal(out, w4_matmul(q, view, layer.bias, poisoned(150, 192, dtype=dtype), Finish(swiglu=True)))
-    oracle = Peak(torch.zeros(150), following.smooth)
-    w4_matmul_torch(q, view, layer.bias, poisoned(150, 192, dtype=dtype), Finish(swiglu=True, peak=oracle))
+    assert torch.equal(out, w4_matmul(q, view, layer.bias, poisoned(70, 192, dtype=dtype), Finish(swiglu=True)))
+    oracle = Peak(torch.zeros(70), following.smooth)
+    w4_matmul_torch(q, view, layer.bias, poisoned(70, 192, dtype=dtype), Finish(swiglu=True, peak=oracle))
     torch.testing.assert_close(peak.amax, oracle.amax, rtol=2**-7 if dtype == BF16 else 2**-9, atol=0)
-    before = Peak(torch.full((150,), 1e6), following.smooth)
+    before = Peak(torch.full((70,), 1e6), following.smooth)
     w4_matmul(q, view, layer.bias, out, Finish(swiglu=True, peak=before))
     assert (before.amax == 1e6).all(), "a larger maximum from elsewhere stays"
 
@@ -146,13 +137,12 @@ def test_as_a_small_hopper_runs_it(wide, monkeypatch):
     compare(q, view, layer.bias, poisoned(1100, 128), swiglu=True)
 
 
-@pytest.mark.parametrize("kind, mode", [("int8", "exact"), ("e4m3", "exact"), ("e4m3", "fast"), ("half", "exact"), ("nvfp4", "fast")])
+@pytest.mark.parametrize("kind, mode", [("int8", "exact"), ("e4m3", "fast"), ("half", "exact")])
 def test_inputs_that_are_no_multiple_of_a_block_of_scales(interpreter, kind, mode):
     """Z-Image's 3840 inputs: three blocks that share a scale, and one of twelve groups."""
     layer, view, q = operands(kind, mode, BF16, 17, n=128, k=3840)
     assert view.block_scale is None or view.block_scale.shape[0] == 4
-    compare(q, view, None, poisoned(17, 64), swiglu=True)
-    compare(q, view, layer.bias, poisoned(17, 128))
+    compare(q, view, layer.bias, poisoned(17, 64), swiglu=True)
 
 
 @pytest.mark.parametrize("kind, mode", [("int8", "fast"), ("e4m3", "exact"), ("e4m3", "fast"), ("half", "exact"), ("nvfp4", "fast")])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tonfa.kernels import layout
 from tonfa.kernels.norm_modulate import Norm
-from tonfa.models.linear import Ending, PackedLinear, PlainLinear, spec_of
+from tonfa.models.linear import Ending, PackedLinear, PlainLinear, apply_ending, spec_of
 from tonfa.models.lora import Term, make_side
 from tonfa.models.runtime import Runtime
 from torch.nn import functional as F
@@ -30,14 +30,14 @@ def layer(n, k, rank=16, seed=0, unsigned=False, smooth=None, precision="int4"):
     return layout.LogicalLinear(precision, codes, scales, smooth=smooth, bias=bias, act_unsigned=unsigned, channel_scale=channel, **low)
 
 
-def module(parts, out_features, in_features, bias, code_form="int8"):
-    spec = layout.plan(out_features, in_features, parts, code_form)
+def module(parts, out_features, in_features, bias, code_form="int8", paired=False):
+    spec = layout.plan(out_features, in_features, parts, code_form, paired)
     return PackedLinear(spec, layout.pack(spec, [p for p, _, _ in parts]), bias, Runtime())
 
 
-def single(n=256, k=128, code_form="int8", **kw):
+def single(n=256, k=128, code_form="int8", paired=False, **kw):
     part = layer(n, k, **kw)
-    return module([(part, 0, 0)], n, k, part.bias, code_form), layout.dense_weight(part), layout.dense_bias(part)
+    return module([(part, 0, 0)], n, k, part.bias, code_form, paired), layout.dense_weight(part), layout.dense_bias(part)
 
 
 def relative(got, want):
@@ -174,6 +174,63 @@ def test_what_the_host_asks_of_a_leaf():
     assert torch.equal(dense, weight) and torch.allclose(dense_bias, bias)
     with pytest.raises(RuntimeError, match="cannot be overwritten"):
         m.set_weight(weight)
+
+
+@pytest.mark.parametrize("mode", TOLERANCE)
+@pytest.mark.parametrize("code_form", ["int8", "e4m3"])
+@pytest.mark.parametrize("kw", [{}, {"precision": "nvfp4"}, {"n": 208, "k": 192}])
+def test_a_linear_stored_in_pairs_is_the_dense_linear_and_ends_in_swiglu(mode, code_form, kw):
+    m, weight, bias = single(code_form=code_form, paired=True, **kw)
+    x = torch.randn(2, 9, m.in_features)
+    y = m(x, mode)
+    assert relative(y, F.linear(x, weight, bias)) < TOLERANCE[mode]
+    assert torch.equal(m.dense()[0], weight) and torch.equal(m.convert_weight(m.weight.float()), weight)
+    h, half = m.run(x, mode, ending=Ending(swiglu=True)), m.out_features // 2
+    assert h.shape == (2, 9, half) and relative(h, y[..., :half] * F.silu(y[..., half:])) < 1e-6
+    for dtype in (torch.bfloat16, torch.float16):
+        ended = m.run(x.to(dtype), mode, ending=Ending(swiglu=True))
+        assert torch.equal(ended, apply_ending(m.run(x.to(dtype), mode), Ending(swiglu=True)))
+    for batch in (1, 2):
+        whole = torch.full((batch, 12, half + 5), 7.0)
+        m.run(x[:batch], mode, ending=Ending(swiglu=True), out=whole[:, 2:11, :half])
+        assert relative(whole[:, 2:11, :half], h[:batch]) < 1e-6
+        assert (whole[:, :2] == 7).all() and (whole[:, 11:] == 7).all() and (whole[..., half:] == 7).all()
+
+
+@pytest.mark.parametrize("mode", TOLERANCE)
+@pytest.mark.parametrize("dense_delta", [False, True])
+def test_side_branches_of_a_linear_stored_in_pairs(mode, dense_delta):
+    """LoRA on the gates alone, on all of it, and a dense delta: before the ending, in the order of the outputs."""
+    m, _, _ = single(paired=True)
+    x = torch.randn(1, 5, 128)
+    gates, whole = (torch.randn(4, 128) * 0.2, torch.randn(128, 4) * 0.2), (torch.randn(8, 128) * 0.2, torch.randn(256, 8) * 0.2)
+    delta = torch.randn(256, 128) * 0.02 if dense_delta else torch.zeros(256, 128)
+    want = m(x, mode) + F.linear(F.linear(x, whole[0]), whole[1]) + F.linear(x, delta)
+    want[..., 128:] += F.linear(F.linear(x, gates[0]), gates[1])
+    terms = [Term(gates[1], gates[0], row=128), Term(whole[1], whole[0])]
+    m.set_side(make_side(m.spec, terms, delta if dense_delta else None, x.device, x.dtype))
+    assert relative(m(x, mode), want) < 1e-5
+    assert relative(m.run(x, mode, ending=Ending(swiglu=True)), want[..., :128] * F.silu(want[..., 128:])) < 1e-5
+
+
+def test_a_wrapped_forward_of_a_linear_stored_in_pairs():
+    m, _, _ = single(paired=True)
+    x, own = torch.randn(1, 5, 128), m.forward
+    want = apply_ending(m(x, "fast") + torch.arange(256) / 100, Ending(swiglu=True))
+    m.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) + torch.arange(256) / 100
+    assert relative(m.run(x, "fast", ending=Ending(swiglu=True)), want) < 1e-6
+
+
+def test_plain_linear_ends_in_swiglu():
+    m = PlainLinear(torch.randn(64, 32), torch.randn(64), Runtime())
+    y = m(torch.ones(2, 5, 32))
+    assert torch.equal(m.run(torch.ones(2, 5, 32), "exact", ending=Ending(swiglu=True)), y[..., :32] * F.silu(y[..., 32:]))
+
+
+def test_float16_results_of_swiglu_saturate():
+    """An infinity in the linear's own result, as its largest number; a gate far below 0 leaves nothing."""
+    y = torch.tensor([[[torch.inf, 300.0, -torch.inf, 5.0, 1000.0, 20.0, 3.0, -torch.inf]]]).half()
+    assert apply_ending(y, Ending(swiglu=True)).flatten().tolist() == [65504.0, 6000.0, -65504.0, 0.0]
 
 
 def test_plain_linear_has_the_same_calling_form():

@@ -26,6 +26,7 @@ SPECS = {
     "one": spec_of([(512, 192, 0, 0)], 512, 192),
     "two by rows": spec_of([(384, 128, 0, 0), (200, 128, 384, 0)], 584, 128),
     "two by columns": spec_of([(128, 128, 0, 0), (128, 320, 0, 128)], 128, 448),
+    "in pairs": plan(528, 192, [(layer(528, 192), 0, 0)], "e4m3", paired=True),
 }
 
 
@@ -78,6 +79,17 @@ def test_separate_q_k_v_have_segments_of_their_own_and_fused_ones_do_not():
     assert plan_part(part, [(16, 128, 192, 128 * i, 0) for i in (0, 2)]).segments == (0, 128, 256, 384), "a missing k leaves a gap"
     many = plan_part(part, [(8, 64, 192, 64 * i, 0) for i in range(8)])
     assert many.segments == (0,) and many.rank == 64, "too many, and not where tiles begin: one for all rows"
+
+
+def test_a_part_stored_in_pairs_has_one_segment_of_columns_in_its_order():
+    spec = SPECS["in pairs"]
+    values, gates = term(16, 264, 192, 0), term(16, 264, 192, 264, seed=1)
+    assert plan_part(SPECS["one"].parts[0], [(16, 256, 192, row, 0) for row in (0, 256)]).segments == (0, 256)
+    assert plan_part(spec.parts[0], [shape_of(values), shape_of(gates)]).segments == (0,)
+    up = make_side(spec, [values, gates], None, CPU, torch.float32).columns[0].up
+    for first, rows, ranks in ((0, values.up[:8], slice(16)), (8, gates.up[:8], slice(16, 32)), (16, values.up[8:16], slice(16))):
+        assert torch.equal(up[first : first + 8, ranks], rows)
+    assert not up[:8, 16:].any() and not up[8:16, :16].any() and not up[528:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16])

@@ -14,7 +14,7 @@ from tonfa.kernels.norm_gate import norm_gate
 from tonfa.kernels.norm_modulate import Norm
 from tonfa.models.flux import Flux, rope_table
 from tonfa.models.formats.checkpoint import open_checkpoint
-from tonfa.models.linear import PackedLinear
+from tonfa.models.linear import Ending, PackedLinear, apply_ending
 from tonfa.models.lora import Term, make_side
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,9 +174,37 @@ def test_operators_declare_what_they_do():
     modulation += (None, None, None, False, [], [])
     lora = [torch.randn(n, 16).bfloat16() for n in (layout.views(m.spec, blob)[0].spec.k_padded, m.spec.parts[0].n_padded)]
     rms = [("norm_modulate", (a["img"][0], None, gate, 12, 1e-5, True)), ("linear", (*call[:5], None, gate, 12, 1e-5, True, *call[10:]))]
-    for name, arguments in [*calls.items(), *rms, ("linear", modulation), ("linear", (*call[:-2], lora, [1, 0]))]:
+    pairs = in_pairs(m)
+    swiglu = (*call[:1], pairs.weight.detach(), bias, pairs.handle, "fast", None, None, 12, 1e-6, False, None, None, None, True, [], [])
+    extra = [*rms, ("linear", modulation), ("linear", (*call[:-2], lora, [1, 0])), ("linear", swiglu)]
+    extra.append(("linear_into", (*swiglu, torch.zeros(1, 12, m.out_features // 2).bfloat16())))
+    for name, arguments in [*calls.items(), *extra]:
         tests = ("test_schema", "test_faketensor")
         assert set(torch.library.opcheck(getattr(ops.OPS, name).default, arguments, test_utils=tests).values()) == {"SUCCESS"}
+
+
+def in_pairs(m: PackedLinear) -> PackedLinear:
+    """The same linear with its rows stored in pairs."""
+    part = layout.unpack_view(layout.views(m.spec, m.weight.detach())[0])
+    spec = layout.plan(m.out_features, m.in_features, [(part, 0, 0)], "int8", paired=True)
+    return PackedLinear(spec, layout.pack(spec, [part]), m.bias.detach(), m.runtime)
+
+
+@pytest.mark.parametrize("compute", MODES)
+def test_swiglu_is_compiled_with_the_same_bits(compute):
+    model = load()
+    m, x = in_pairs(model.double_blocks[0].img_attn.qkv), inputs(model)["img"]
+    out = torch.full((1, 12, m.out_features // 2), float("nan")).bfloat16()
+
+    def run(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return m.run(x, compute, ending=Ending(swiglu=True)), m.run(x, compute, ending=Ending(swiglu=True), out=out)
+
+    with torch.inference_mode():
+        want = m.run(x, compute, ending=Ending(swiglu=True))
+        y, written = whole(run)(x, out)
+    assert torch.equal(y, want) and torch.equal(written, want) and torch.equal(out, want)
+    with torch.inference_mode():
+        assert torch.equal(want, apply_ending(m(x, compute), Ending(swiglu=True)))
 
 
 def test_rms_norms_and_norm_gate_are_operators_with_the_same_bits():
