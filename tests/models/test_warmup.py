@@ -7,30 +7,42 @@ import logging
 import pytest
 import torch
 from tonfa.models import warmup
-from tonfa.models.formats.checkpoint import open_checkpoint
+from tonfa.models.formats.checkpoint import open_checkpoint, open_packed
+from torch.nn.modules.module import register_module_forward_hook
 
+from .formats import packed_files
 from .test_flux import DATA
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kind", ["double", "single"])
-def test_one_block_of_a_kind_is_run(kind, monkeypatch):
+FILES = {
+    "flux": ("double", "single"),
+    "qwen-image": ("joint",),
+    "z-image": ("main",),
+}
+NAMES = {"double": "DoubleBlock", "single": "SingleBlock", "joint": "QwenImageBlock", "main": "ZImageBlock"}
+
+
+@pytest.mark.parametrize(("family", "kind"), [(family, kind) for family, kinds in FILES.items() for kind in kinds])
+def test_one_block_of_a_kind_is_run(family, kind, tmp_path, monkeypatch):
+    if family == "flux":
+        path = DATA / "mini_flux_int4.safetensors"
+    else:
+        tensors, metadata, _ = {"qwen-image": packed_files.qwen, "z-image": packed_files.zimage}[family]()
+        path = packed_files.save(tmp_path / "file.safetensors", tensors, metadata)
+    monkeypatch.setattr(warmup, "TOKENS", 16)
     ran = []
+    hook = register_module_forward_hook(lambda module, args, out: ran.append(type(module).__name__))
+    try:
+        warmup._run_block(open_packed(path), kind, CPU, torch.float32, "weight_only")
+    finally:
+        hook.remove()
+    assert [name for name in ran if name in NAMES.values()] == [NAMES[kind]]
 
-    class Watched:
-        def __init__(self, block):
-            self.block = block
 
-        def __call__(self, *args, **kwargs):
-            out = self.block(*args, **kwargs)
-            ran.append((type(self.block).__name__, torch.isfinite(out if isinstance(out, torch.Tensor) else out[0]).all()))
-            return out
-
-    build = warmup.build_blocks
-    monkeypatch.setattr(warmup, "build_blocks", lambda *a, **k: [[Watched(b) for b in blocks] for blocks in build(*a, **k)])
-    warmup._run_block(open_checkpoint(DATA / "mini_flux_int4.safetensors"), kind, CPU, torch.float32, "weight_only")
-    assert ran == [(f"{kind.title()}Block", True)]
+def test_every_kind_is_named():
+    assert {family: tuple(kinds) for family, kinds in warmup.KINDS.items()} == FILES
 
 
 def test_nothing_is_run_where_nothing_is_compiled(monkeypatch):
