@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
 from tonfa.models.formats.checkpoint import open_packed
@@ -124,7 +125,7 @@ def test_modulation_in_other_forms(modulation):
 def test_what_is_saved_has_the_hosts_keys_and_numbers(model):
     family, ours, _ = model
     want = twin(made(family, depth=3)).model.diffusion_model.state_dict()
-    if hasattr(ours, "model_state_dict_for_saving"):
+    if hasattr(comfy.model_patcher.ModelPatcher, "model_state_dict_for_saving"):
         state = ours.model_state_dict_for_saving()
         found = {k.removeprefix("diffusion_model."): v for k, v in state.items() if k.startswith("diffusion_model.")}
     else:
