@@ -1,4 +1,4 @@
-"""The kernels on a real GPU at FLUX.1 shapes: error against the torch oracle, same bits twice, speed against cuBLAS bf16.
+"""The kernels on a real GPU at FLUX.1 and Z-Image shapes: error against the torch oracle, same bits twice, speed against cuBLAS bf16.
 
     python benchmarks/kernels_gpu.py [--json FILE] [--quick]
 
@@ -22,15 +22,18 @@ from tonfa.kernels.layout import Columns, LogicalLinear, PartView, pack, plan, v
 from tonfa.kernels.norm_modulate import Norm, norm_modulate, norm_modulate_torch
 from tonfa.kernels.qk_norm_rope import qk_norm_rope_
 from tonfa.kernels.qk_norm_rope_torch import qk_norm_rope_torch
+from tonfa.kernels.row_statistics_triton import row_statistics_triton
 from tonfa.kernels.smooth_quantize_torch import smooth_quantize_torch
 from tonfa.kernels.targets import code_form, target_for, triton_reason
-from tonfa.kernels.w4_matmul import Finish, quantize_for, w4_matmul
+from tonfa.kernels.w4_matmul import Finish, Peak, finds_peak, quantize_for, w4_matmul
 from tonfa.kernels.w4_matmul_torch import w4_matmul_torch
 from tonfa.kernels.w4a16_linear import w4a16_linear
 from tonfa.kernels.w4a16_linear_torch import w4a16_linear_torch
 
 LIMIT = 3e-3
 SHAPES = [(9216, 3072, (0,)), (3072, 3072, (0,)), (12288, 3072, (0,)), (3072, 12288, (0,)), (21504, 3072, (0, 9216))]
+# Z-Image: (N, K) with 4096 tokens of picture and 32 of text, what precedes and what follows, on inputs that are a SwiGLU's at K 10240.
+ZIMAGE = {(11520, 3840): "rms norm", (3840, 3840): "plain", (20480, 3840): "rms norm, swiglu", (3840, 10240): "plain"}
 
 
 @dataclass
@@ -84,9 +87,9 @@ def random_linear(precision: str, n: int, k: int, segments=(0,), rank=32, unsign
     )
 
 
-def packed(layer: LogicalLinear, lora: tuple[int, ...] = (), dtype: torch.dtype = torch.bfloat16) -> PartView:
-    """The layer's view; lora: a rank and where its segments begin, for further columns."""
-    spec = plan(layer.n, layer.k, [(layer, 0, 0)], code_form("cuda"))
+def packed(layer: LogicalLinear, lora: tuple[int, ...] = (), dtype: torch.dtype = torch.bfloat16, paired: bool = False) -> PartView:
+    """The layer's view; lora: a rank and where its segments begin, for further columns. paired: its rows in pairs, for SwiGLU."""
+    spec = plan(layer.n, layer.k, [(layer, 0, 0)], code_form("cuda"), paired)
     view = views(spec, pack(spec, [layer]))[0]
     if lora:
         rank, *segments = lora
@@ -118,21 +121,33 @@ def median_us(work, repeats: int = 15) -> float:
 
 
 def measure(what: str, layer: LogicalLinear, rows: int, mode: str, dtype=torch.bfloat16, ending: str = "plain", lora=()) -> Row:
-    view, g = packed(layer, lora, dtype), torch.Generator("cuda").manual_seed(rows)
+    swiglu = ending.endswith("swiglu")
+    view, g = packed(layer, lora, dtype, swiglu), torch.Generator("cuda").manual_seed(rows)
     x = torch.randn(rows, layer.k, generator=g, device="cuda").to(dtype)
+    if layer.k == 10240:
+        x = x * torch.nn.functional.silu(torch.randn(x.shape, generator=g, device="cuda")).to(dtype)
     if layer.act_unsigned:
         x = torch.nn.functional.gelu(x, approximate="tanh")
     norm, options = None, {}
     if ending == "norm, gelu":
         norm = Norm(*torch.randn(2, 1, layer.k, generator=g, device="cuda").to(dtype), rows_per_batch=rows)
         options = {"gelu_from": layer.segments[-1]}
+    if ending.startswith("rms norm"):
+        norm = Norm(None, torch.rand(1, layer.k, generator=g, device="cuda") + 0.5, rows_per_batch=rows, eps=1e-5, rms=True)
+    if swiglu:
+        options = {"swiglu": True}
     if ending == "accumulate":
         options = {"accumulate": True}
     if ending == "gate":
         options = {"gate": torch.randn(1, layer.n, generator=g, device="cuda").to(dtype), "rows_per_batch": rows}
         options["residual"] = torch.randn(rows, layer.n, generator=g, device="cuda").to(dtype)
 
-    before = torch.randn(rows, layer.n, generator=g, device="cuda").to(dtype)
+    width = layer.n // 2 if swiglu else layer.n
+    before, smooth = torch.randn(rows, width, generator=g, device="cuda").to(dtype), torch.rand(width, generator=g, device="cuda") + 0.5
+    leaves_peak = swiglu and finds_peak(view.spec, x.device, mode, rows)
+
+    def finish() -> Finish:
+        return Finish(**options, peak=Peak(torch.zeros(rows, device="cuda"), smooth) if leaves_peak else None)
 
     def poisoned():
         return before.clone() if ending == "accumulate" else torch.full_like(before, float("nan"))
@@ -141,13 +156,17 @@ def measure(what: str, layer: LogicalLinear, rows: int, mode: str, dtype=torch.b
     want_q = smooth_quantize_torch(x, view, mode, norm, wide=got_q.kind == "half")
     same = torch.equal(got_q.codes, again_q.codes) and torch.equal(got_q.lowrank, again_q.lowrank)
     same = same and (not lora or torch.equal(got_q.extra, again_q.extra))
-    want = w4_matmul_torch(want_q, view, layer.bias, poisoned(), Finish(**options))
-    alone = w4_matmul(want_q, view, layer.bias, poisoned(), Finish(**options))
-    both = w4_matmul(got_q, view, layer.bias, poisoned(), Finish(**options))
-    same = same and torch.equal(both, w4_matmul(got_q, view, layer.bias, poisoned(), Finish(**options)))
+    want = w4_matmul_torch(want_q, view, layer.bias, poisoned(), finish())
+    alone = w4_matmul(want_q, view, layer.bias, poisoned(), finish())
+    first, second = finish(), finish()
+    both = w4_matmul(got_q, view, layer.bias, poisoned(), first)
+    same = same and torch.equal(both, w4_matmul(got_q, view, layer.bias, poisoned(), second))
+    if leaves_peak:  # what the next layer's own statistics find in the result, and no other bit
+        found = row_statistics_triton(both, None, smooth)[1]
+        same = same and all(torch.equal(end.peak.amax, found) for end in (first, second))
     out = poisoned()
     quantize_us = median_us(lambda: quantize_for(x, view, mode, norm))
-    matmul_us = median_us(lambda: w4_matmul(got_q, view, layer.bias, out, Finish(**options)))
+    matmul_us = median_us(lambda: w4_matmul(got_q, view, layer.bias, out, first))
     dense, plain = torch.randn(layer.n, layer.k, device="cuda", dtype=dtype), x.to(dtype)
     cublas_us = median_us(lambda: torch.nn.functional.linear(plain, dense))
     return Row(
@@ -196,6 +215,15 @@ def measure_elementwise(name: str, dtype: torch.dtype) -> Row:
 
 def cases(quick: bool):
     """Every (label, layer, rows, mode, dtype, ending, lora) to measure; layers are made once and used for all their cases."""
+    for (n, k), ending in {} if quick else ZIMAGE.items():
+        for precision in ("int4", "nvfp4"):
+            layer = random_linear(precision, n, k)
+            for mode in ("exact", "fast"):
+                for rows in (4128, 1056, 1) if ending.endswith("swiglu") else (4128,):
+                    yield precision, layer, rows, mode, torch.bfloat16, ending
+                if ending.endswith("swiglu"):
+                    yield precision, layer, 4128, mode, torch.float16, ending
+                    yield precision, layer, 4128, mode, torch.bfloat16, ending, (32, 0)
     for n, k, segments in SHAPES[:2] if quick else SHAPES:
         ending = "norm, gelu" if len(segments) > 1 else "plain"
         kinds = [("int4", False), ("nvfp4", False)] + ([("int4", True)] if k == 12288 else [])
