@@ -83,6 +83,7 @@ class T5Spec:
     row_offset: ClassVar[int] = 0
     col_offset: ClassVar[int] = 0
     act_unsigned: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple[T5Spec]:
