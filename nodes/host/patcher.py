@@ -21,7 +21,7 @@ from ...models.linear import Leaf
 from ...models.lora import Side
 from ...models.segments import prepare
 from .branches import Plan, make_branch, plan_branch
-from .exchange import bound_to_stay, complete, exchange, is_loaded, merged
+from .exchange import bound_to_stay, complete, exchange, is_loaded, merged, split
 from .merging import MergingPatcher
 from .offloading import Offload, start, stop, streamed_blocks, streamed_nbytes, streamer_of
 from .patches import fingerprint, named
@@ -135,6 +135,15 @@ class TonfaPatcher(MergingPatcher):
             self.sides.exchange(self.plans, self._make)
         if budget and self._used() > limit and not self.offload.streams:  # sides are unevenly spread
             self.partially_unload(self.offload_device, self._used() - limit)
+
+    def pin_weight_to_device(self, key: str, *args: object, **kwargs: object) -> None:
+        """As the host's (2025-11 on), but for blocks that we stream, which lie in memory of ours, and for what still lies there."""
+        module, _, parameter = split(self, key)
+        tensor = module._parameters.get(parameter)
+        ours = isinstance(module, Leaf) and tensor is not None
+        if ours and (self.offload.streams or tensor.untyped_storage().nbytes() > tensor.nbytes):
+            return
+        super().pin_weight_to_device(key, *args, **kwargs)
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, *args: object, **kwargs: object) -> int:
         """As the host's, but when another clone's patches are on the model, they are exchanged for this one's where they lie."""

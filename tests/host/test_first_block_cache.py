@@ -47,7 +47,7 @@ class Counted:
     def __init__(self, **changes: object):
         self.model = loaded(made(**changes))
         network, self.rows = self.model.model.diffusion_model, []
-        modulations = [block.img_mod for block in network.double_blocks] + [block.modulation for block in network.single_blocks]
+        modulations = [block.img_mod.lin for block in network.double_blocks] + [block.modulation.lin for block in network.single_blocks]
         for i, modulation in enumerate(modulations):
             self.rows.append(0)
             modulation.register_forward_hook(lambda module, given, made, i=i: self.count(i, given[0].shape[0]))

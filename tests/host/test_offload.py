@@ -44,6 +44,29 @@ def is_streamed(block) -> bool:
     return leaves[0].streamer is not None
 
 
+@pytest.mark.skipif(not hasattr(comfy.model_management, "unpin_memory"), reason="this ComfyUI locks no memory")
+def test_nothing_that_the_host_locked_is_given_back_locked(monkeypatch, caplog):
+    """The host locks the weights that it leaves offloaded. Those that we move are unlocked first, and what we hold is not locked again."""
+    locked: dict[int, torch.Tensor] = {}
+
+    def pin(tensor):
+        assert tensor.data_ptr() not in locked, "locked twice"
+        locked[tensor.data_ptr()] = tensor
+        return True
+
+    monkeypatch.setattr(comfy.model_management, "pin_memory", pin)
+    monkeypatch.setattr(comfy.model_management, "unpin_memory", lambda tensor: locked.pop(tensor.data_ptr()) is not None)
+    ours = loaded(made(seed=3))
+    ours.partially_load(torch.device("cpu"), 1)  # all of it stays offloaded, and locked
+    ours.detach()
+    streaming_one = clone(ours, "enable", 1)
+    sample(streaming_one)
+    assert set(locked) <= {p.data_ptr() for p in streaming_one.model.parameters()}, "memory was given back locked"
+    assert not set(locked) & {p.data_ptr() for block in blocks(ours)[1:] for p in block.parameters()}
+    sample(ours)  # auto again
+    assert not [t for t in locked.values() if t.untyped_storage().nbytes() > t.nbytes]
+
+
 def sizes(patcher) -> tuple[int, int, int]:
     return patcher.model_size(), patcher.loaded_size(), LoadedModel(patcher).model_offloaded_memory()
 
