@@ -264,8 +264,25 @@ def resident(bench: Bench) -> None:
     weights = bench.ready(bench.model)
     row = bench.time("ours", bench.step(bench.model), 1, weights)
     bench.report.check(f"{bench.o.pixels} px: peak of a step", row.peak_gib, bench.limits.peak, "GiB")
+    if type(bench.network.blocks()[0]).text_beside:
+        beside(bench, weights)
     two = bench.time("ours", bench.step(bench.model, 2), 2, weights)
     print(f"batch 2: {two.ms / row.ms:.2f}x the time of batch 1", flush=True)
+
+
+def beside(bench: Bench, weights: float) -> None:
+    """What it brings that a recorded block runs its text stream beside its image stream; the bits must be the same."""
+    kind, graphs, step = type(bench.network.blocks()[0]), bench.network.runtime.graphs, bench.step(bench.model)
+    both = step().clone()
+    kind.text_beside = False
+    graphs.release()
+    try:
+        bench.time("ours, text and image in turn", step, 1, weights)
+        report_bits = int(not torch.equal(step(), both))
+    finally:
+        kind.text_beside = True
+        graphs.release()
+    bench.report.check("text beside image: other bits than in turn", report_bits, 0)
 
 
 def beside_bf16(bench: Bench, kind: type[nn.Module]) -> None:

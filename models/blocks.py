@@ -19,7 +19,7 @@ from ..kernels.norm_modulate import Norm
 from ..kernels.qk_norm_rope import qk_norm_rope_
 from ..kernels.targets import code_form, target_for, triton_reason
 from .formats.checkpoint import HostLinear, PackedCheckpoint
-from .graphs import may_record
+from .graphs import Side, may_record
 from .linear import Ending, Leaf, Linear, PackedLinear, PlainLinear, normalised, parameter, peak_between, resolved
 from .runtime import Runtime
 
@@ -237,6 +237,7 @@ class JointBlock(nn.Module):
     """
 
     position = 0  # among all blocks of the model, in the order in which they run
+    text_beside = False  # whether a recorded block runs its text stream beside its image stream
 
     def __init__(self, heads: int, runtime: Runtime):
         super().__init__()
@@ -313,21 +314,23 @@ class JointBlock(nn.Module):
     def _fused(
         self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict, out: list[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        n = txt.shape[1]
-        attn, img_mods, txt_mods = self._fused_attention(img, txt, vec, pe, compute, options)
-        img = self._fused_finish("img", img, attn[:, n:], *img_mods, compute, out[0])
-        txt = self._fused_finish("txt", txt, attn[:, :n], *txt_mods, compute, out[1])
-        return img, finite(txt)
-
-    def _fused_attention(
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict
-    ) -> tuple[Tensor, list[Mod], list[Mod]]:
-        """(attention's result, the image stream's modulations, the text stream's)."""
-        n = txt.shape[1]
+        n, side = txt.shape[1], self._side(img.device)
         qkv = img.new_empty(img.shape[0], n + img.shape[1], self.stream("txt").qkv.out_features)
+        with side:
+            txt_mods = self._fused_qkv("txt", txt, vec, pe[:, :, :n], qkv[:, :n], compute)
         img_mods = self._fused_qkv("img", img, vec, pe[:, :, n:], qkv[:, n:], compute)
-        txt_mods = self._fused_qkv("txt", txt, vec, pe[:, :, :n], qkv[:, :n], compute)
-        return self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options), img_mods, txt_mods
+        side.join()
+        attn = self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options)
+        del qkv
+        with side:
+            txt = finite(self._fused_finish("txt", txt, attn[:, :n], *txt_mods, compute, out[1]))
+        img = self._fused_finish("img", img, attn[:, n:], *img_mods, compute, out[0])
+        side.join()
+        return img, txt
+
+    def _side(self, device: torch.device) -> Side:
+        beside = self.text_beside and self.runtime.graphs is not None and not torch.compiler.is_compiling()
+        return self.runtime.graphs.side(device) if beside else Side(None)
 
     def _fused_qkv(self, side: str, x: Tensor, vec: Tensor, pe: Tensor, out: Tensor, compute: str) -> list[Mod]:
         """Writes the stream's normed and turned q, k and v; returns its modulations."""

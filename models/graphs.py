@@ -28,6 +28,28 @@ class Recorded:
     graph: torch.cuda.CUDAGraph
 
 
+class Side:
+    """`with side:` work runs on its stream beside what comes next, until `join`. All of it holds on to its inputs until then."""
+
+    def __init__(self, stream: torch.cuda.Stream | None):
+        self._stream, self._entered = stream, None
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            self._entered = torch.cuda.stream(self._stream)
+            self._entered.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._entered is not None:
+            self._entered.__exit__(*error)
+            self._entered = None
+
+    def join(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
 class Graphs:
     """The recorded blocks of one model. They share one memory pool and one set of buffers, because they run one after another."""
 
@@ -46,12 +68,20 @@ class Graphs:
         self._arena: dict[str, Tensor] = {}
         self._copied: dict[int, tuple] = {}  # input's place -> what was last copied there
         self._layout: tuple = ()  # of the inputs that were copied
-        self._pool = self._stream = None
+        self._pool = self._stream = self._side = None
 
     def trim(self, device: torch.device) -> None:
         """Gives the memory back if others may need it. Between samplings."""
         if self._recorded and not room(device):
             self.release()
+
+    def side(self, device: torch.device) -> Side:
+        """For work that is to run beside what follows it, while a block is being recorded; in its place at any other time."""
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return Side(None)
+        if self._side is None:
+            self._side = torch.cuda.Stream(device, priority=-1)  # or it would wait for the larger work's last programs
+        return Side(self._side)
 
     def run(self, block: nn.Module, key: tuple, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> tuple[Tensor, ...]:
         """work(*inputs, out): its results are of the shapes and types of the first `results` inputs, which it leaves alone; it may write
@@ -123,7 +153,7 @@ class Graphs:
         if arena is None or arena.numel() < sum(sizes) or arena.device != like[0].device:
             if arena is not None:  # what was recorded looks at the old one; a pool dies with its last graph
                 self._recorded.clear()
-                self._pool = self._stream = None
+                self._pool = self._stream = self._side = None
             with torch.inference_mode(False):
                 arena = self._arena[name] = torch.empty(sum(sizes), dtype=torch.uint8, device=like[0].device)
         views, at = [], 0
