@@ -151,14 +151,11 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
                 listed[key] = [(bias, functools.partial(add_shift, module)), *(p for p in rest if p[4] is not shift_correction)]
         for key, window in self.windows.items():
             if window.stacked in listed:
-                listed[key] = [(torch.empty(0), functools.partial(self._rows, window))]
+                (weight, convert), *rest = listed[window.stacked]
+                listed[key] = [(weight, functools.partial(window.converted, convert)), *filter(None, map(window.alone, rest))]
         for key in {window.stacked for window in self.windows.values()}:
             listed.pop(key, None)
         return listed
-
-    def _rows(self, window: Window, *_: object, **__: object) -> Tensor:
-        """fp32: the rows of a stacked weight or bias, with this patcher's patches."""
-        return window.of(self.patch_weight_to_device(window.stacked, device_to=None, return_weight=True)).float()
 
     def model_state_dict(self, *args: object, **kwargs: object) -> dict:
         """The host's, with dense weights and plain biases for whoever reads them."""

@@ -6,10 +6,13 @@ patches can be; on the way out the stacked ones are taken apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from .patches import Patch
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,14 @@ class Window:
 
     def of(self, whole: Tensor) -> Tensor:
         return whole[self.first : self.first + self.rows]
+
+    def converted(self, convert: Callable[..., Tensor], whole: Tensor, **kwargs: object) -> Tensor:
+        """The rows of what the host's convert function makes of the whole."""
+        return self.of(convert(whole, **kwargs))
+
+    def alone(self, patch: Patch) -> Patch | None:
+        """A patch of the whole as one of the rows; None for one that is not for just these."""
+        return (*patch[:3], None, *patch[4:]) if patch[3] == (0, self.first, self.rows) else None
 
     def placeholder(self, whole: Tensor) -> Tensor:
         """Stands for the rows where nobody reads them yet."""

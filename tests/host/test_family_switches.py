@@ -6,11 +6,13 @@ import logging
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import pytest
 import torch
 from tonfa.models.formats.checkpoint import open_packed
 from tonfa.models.linear import Leaf
 from tonfa.nodes.host.caching import cache_config, use_first_block_cache
+from tonfa.nodes.host.lora_files import teach_stock_nodes
 from tonfa.nodes.host.offloading import Offload
 from tonfa.nodes.host.shell import Placement, family_of, load_model
 
@@ -147,6 +149,29 @@ def test_readers_of_weights_see_the_hosts_keys(model):
     assert rel(state[f"diffusion_model.{name}"].float(), want[name]) < 5e-3
     (weight, convert), *_ = patches[f"diffusion_model.{name}"]
     assert rel(convert(weight, inplace=True).float(), want[name]) < 5e-3
+
+
+def test_a_merge_takes_rows_of_stacked_linears(model):
+    """ModelMergeSimple and its kin, both ways: our weights, with a LoRA on them, into the host's own model, and its weights into ours."""
+    family, ours, _ = model
+    name = "transformer_blocks.1.attn.to_k" if family == "qwen-image" else "layers.1.feed_forward.w1"
+    dense, g = twin(made(family, depth=3)), torch.Generator().manual_seed(1)
+    n, k = dense.model.diffusion_model.get_submodule(name).weight.shape
+    up, down = torch.randn(n, 4, generator=g), torch.randn(4, k, generator=g) * k**-0.5
+    lora = {f"diffusion_model.{name}.lora_up.weight": up, f"diffusion_model.{name}.lora_down.weight": down}
+    teach_stock_nodes()
+    source = comfy.sd.load_lora_for_models(ours, None, lora, 0.7, 0)[0]
+    key = f"diffusion_model.{name}.weight"
+    merged = dense.clone()
+    assert list(merged.add_patches({key: source.get_key_patches("diffusion_model.")[key]}, 1.0, 0.0)) == [key]
+    both = comfy.sd.load_lora_for_models(twin(made(family, depth=3)), None, lora, 0.7, 0)[0]
+    assert rel(sample(merged, family, steps=2), sample(both, family, steps=2)) < 5e-3
+    other = twin(made(family, seed=1, depth=3))
+    mixed = [m.clone() for m in (ours, twin(made(family, depth=3)))]
+    for m in mixed:
+        assert key in m.add_patches({key: other.get_key_patches("diffusion_model.")[key]}, 0.5, 0.5)
+    got, want = (sample(m, family, steps=2) for m in mixed)
+    assert rel(got, want) < 1e-2 and rel(got, sample(ours, family, steps=2)) > 1e-3
 
 
 def test_no_z_image_in_this_host(tmp_path):
