@@ -6,7 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tonfa.models import qwen_image, z_image
+from tonfa.models.dequantize import dense_linear, dense_state_dict, dequantize
 from tonfa.models.flux import rope_table
 from tonfa.models.formats.checkpoint import open_packed
 from tonfa.models.linear import PackedLinear, PlainLinear
@@ -169,6 +171,22 @@ def test_positions_are_those_of_the_cached_blocks(qwen, z_blocks):
     assert [block.position for block in qwen] == [0, 1]
     assert [z_blocks["layers"][i].position for i in range(2)] == [0, 1]
     assert z_blocks["noise_refiner"][0].position == z_blocks["context_refiner"][0].position == z_image.NOT_CACHED
+
+
+@pytest.mark.parametrize("family", ["qwen", "zimage"])
+def test_dequantize_writes_the_hosts_own_linears(family, tmp_path):
+    checkpoint = opened(tmp_path, getattr(packed_files, family)(depth=1))
+    dequantize(tmp_path / "file.safetensors", tmp_path / "dense.safetensors")
+    written, want = load_file(tmp_path / "dense.safetensors"), dict(dense_state_dict(checkpoint))
+    assert list(written) and all(torch.equal(written[name], tensor) for name, tensor in want.items()) and set(written) == set(want)
+    names = ("to_q", "to_k", "to_v") if family == "qwen" else ("w1", "w3")
+    assert all(any(key.endswith(f".{name}.weight") for key in written) for name in names)
+    assert not any("to_qkv" in key or "net.0.proj" in key and family == "zimage" for key in written)
+    stacked = "transformer_blocks.0.attn.to_qkv" if family == "qwen" else "layers.0.feed_forward.net.0.proj"
+    host = next(h for h in checkpoint.host_linears() if h.name == stacked)
+    whole = dense_linear(checkpoint, host)[0].bfloat16()
+    for piece in checkpoint.pieces(host):
+        assert torch.equal(written[f"{piece.name}.weight"], whole[piece.first : piece.first + piece.rows])
 
 
 def test_less_of_a_checkpoint_can_be_built(z_file):
