@@ -264,7 +264,7 @@ def resident(bench: Bench) -> None:
     weights = bench.ready(bench.model)
     row = bench.time("ours", bench.step(bench.model), 1, weights)
     bench.report.check(f"{bench.o.pixels} px: peak of a step", row.peak_gib, bench.limits.peak, "GiB")
-    if type(bench.network.blocks()[0]).text_beside:
+    if getattr(type(bench.network.blocks()[0]), "text_beside", False):
         beside(bench, weights)
     two = bench.time("ours", bench.step(bench.model, 2), 2, weights)
     print(f"batch 2: {two.ms / row.ms:.2f}x the time of batch 1", flush=True)
