@@ -348,6 +348,27 @@ class JointBlock(nn.Module):
         return s.fc2.run(h, compute, ending=residual_of(x, mod2.gate), out=out, peak=peak)
 
 
+class Rows:
+    """Stands where the host has a linear that is rows of a stacked one, for whoever looks it up by its name. It owns nothing."""
+
+    def __init__(self, stacked: Linear):
+        self._stacked = stacked
+
+    @property
+    def comfy_cast_weights(self) -> bool:
+        return self._stacked.comfy_cast_weights
+
+    @property
+    def comfy_patched_weights(self) -> bool:
+        return getattr(self._stacked, "comfy_patched_weights", False)
+
+
+def stand_in(parent: nn.Module, stacked: Linear) -> None:
+    """Gives `parent` the names of the linears that are rows of `stacked`. They are no modules: nothing is counted or moved twice."""
+    for piece in getattr(stacked, "pieces", ()):
+        parent.__dict__[piece.name.rpartition(".")[2]] = Rows(stacked)
+
+
 # -- from a checkpoint --------------------------------------------------------------------------------------------------------------
 
 

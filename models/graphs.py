@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
+FORMS = 2  # of a block are kept: with CFG two prompts of different length take turns
 ROOM = 2 << 30  # free bytes below which nothing is recorded: a recorded block's memory cannot be used by anything else
 
 
@@ -63,8 +64,8 @@ class Graphs:
     def release(self) -> None:
         """Forgets every recorded block and gives its memory back."""
         # Weak, for the blocks hold this: a model that nobody uses must go at once, not when Python next looks for cycles.
-        self._seen: MutableMapping[nn.Module, tuple] = weakref.WeakKeyDictionary()
-        self._recorded: MutableMapping[nn.Module, Recorded] = weakref.WeakKeyDictionary()
+        self._seen: MutableMapping[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()
+        self._recorded: MutableMapping[nn.Module, dict[tuple, Recorded]] = weakref.WeakKeyDictionary()
         self._arena: dict[str, Tensor] = {}
         self._copied: dict[int, tuple] = {}  # input's place -> what was last copied there
         self._layout: tuple = ()  # of the inputs that were copied
@@ -92,14 +93,16 @@ class Graphs:
         kernels are compiled and plans are made; the second is recorded.
         """
         key = (*key, *((t.shape, t.dtype, t.device) for t in inputs))
-        recorded = self._recorded.get(block)
-        if recorded is None or recorded.key != key:
-            if self.off or self._seen.get(block) != key or not room(inputs[0].device):
-                self._seen[block] = key
+        recorded = self._recorded.get(block, {}).get(key)
+        if recorded is None:
+            seen = self._seen.get(block, [])
+            if self.off or key not in seen or not room(inputs[0].device):
+                self._seen[block] = [*seen, key][-FORMS:]
                 return work(*inputs, [None] * results)
             recorded = self._record(block, key, inputs, results, work)
             if recorded is None:
                 return work(*inputs, [None] * results)
+            self._recorded[block] = dict([*self._recorded.get(block, {}).items(), (key, recorded)][-FORMS:])
         self._copy_in(inputs, results)
         recorded.graph.replay()
         return tuple(buffer.clone() for buffer in self._carve("results", inputs[:results]))
@@ -127,8 +130,7 @@ class Graphs:
             log.info("Blocks are not recorded as CUDA graphs here (%s: %s).", type(error).__name__, str(error).splitlines()[0])
             return None
         torch.cuda.current_stream(device).wait_stream(self._stream)
-        self._recorded[block] = Recorded(key, graph)
-        return self._recorded[block]
+        return Recorded(key, graph)
 
     def _copy_in(self, inputs: Sequence[Tensor], results: int) -> None:
         """Inputs into their buffers; the ones that all blocks of a step share (modulation vector, positions) once a step."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .blocks import JointBlock, Leaves, RMSNorm, Stream
+from .blocks import JointBlock, Leaves, RMSNorm, Stream, stand_in
 from .first_block_cache import cached
 from .formats.packed import PackedCheckpoint
 from .formats.qwen_names import STACK
@@ -26,6 +26,8 @@ class Attention(nn.Module):
         self.norm_added_q, self.norm_added_k = norm("attn.norm_added_q"), norm("attn.norm_added_k")
         self.to_out = nn.ModuleList([leaf("attn.to_out.0"), nn.Dropout(0.0)])
         self.to_add_out = leaf("attn.to_add_out")
+        for stacked in (self.to_qkv, self.add_qkv_proj):
+            stand_in(self, stacked)
 
 
 class GELU(nn.Module):

@@ -25,6 +25,7 @@ from .blocks import (
     patched_attention,
     qk_normed_,
     recorded,
+    stand_in,
 )
 from .first_block_cache import cached
 from .formats.packed import PackedCheckpoint
@@ -56,6 +57,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([SwiGLU(proj)])
         self.w2 = w2
+        stand_in(self, proj)
 
 
 class ZImageBlock(nn.Module):
@@ -95,20 +97,19 @@ class ZImageBlock(nn.Module):
         times, dims = adaln_input, None
         if timestep_zero_index is not None and times is not None:
             times, dims = torch.stack(times.chunk(2, dim=0), 1), dims_of(timestep_zero_index, x.shape[1])
-        pe = freqs_cis.transpose(1, 2)
-        return cached(self.position, (x,), options, lambda: (self._run(x, times, pe, x_mask, dims, options),))[0]
+        return cached(self.position, (x,), options, lambda: (self._run(x, times, freqs_cis, x_mask, dims, options),))[0]
 
-    def _run(self, x: Tensor, times: Tensor | None, pe: Tensor, mask: Tensor | None, dims: Dims | None, options: dict) -> Tensor:
+    def _run(self, x: Tensor, times: Tensor | None, freqs_cis: Tensor, mask: Tensor | None, dims: Dims | None, options: dict) -> Tensor:
         check_cancel(self.runtime)
         compute = compute_mode(options, x.device)
         times = x[:, 0] if times is None else times  # never read
-        if not looked_into(times, pe, mask, dims, options):
+        if not looked_into(times, freqs_cis, mask, dims, options):
 
-            def fused(x: Tensor, times: Tensor, pe: Tensor, out: list[Tensor | None]) -> tuple[Tensor]:
-                return (self._fused(x, times, pe, compute, options, out[0]),)
+            def fused(x: Tensor, times: Tensor, freqs_cis: Tensor, out: list[Tensor | None]) -> tuple[Tensor]:
+                return (self._fused(x, times, freqs_cis.transpose(1, 2), compute, options, out[0]),)
 
-            return recorded(self, compute, [x, times, pe], 1, fused)[0]
-        return self._plain(x, times, pe, mask, dims, compute, options)
+            return recorded(self, compute, [x, times, freqs_cis], 1, fused)[0]  # that very tensor: it is copied once a step
+        return self._plain(x, times, freqs_cis.transpose(1, 2), mask, dims, compute, options)
 
     def _factors(self, times: Tensor) -> Tensor:
         """fp32 [B, T, 4, D]: what multiplies the normed input and result of attention, then of the feed-forward."""

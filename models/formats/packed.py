@@ -98,6 +98,10 @@ class PackedCheckpoint:
         stacks = {host.name.partition(".")[0] for host in self.layout.linears}
         return {name: make() for name, _, _, make in self._plain() if name.partition(".")[0] not in stacks}
 
+    def plain_tensor(self, name: str) -> Tensor | None:
+        """One of plain_tensors() by its native name; None where there is none."""
+        return next((make() for native, _, _, make in self._plain() if native == name), None)
+
     def plain_specs(self) -> list[tuple[str, tuple[int, ...], str]]:
         """(native name, shape, safetensors dtype) of what plain_tensors yields, in its order, from the header alone."""
         return [(native, shape, dtype) for native, shape, dtype, _ in self._plain()]

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+
 from .merging import dense_for_saving
+
+
+def accepted(function: Callable, config: Mapping) -> dict:
+    """What of a configuration a function takes by name: hosts come and go with theirs."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(config)
+    return {key: value for key, value in config.items() if key in parameters}
 
 
 class SavesDense:

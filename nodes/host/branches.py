@@ -131,10 +131,17 @@ def exact_term(patch: Patch, shape: Shape, weight: Sum) -> Term:
 def change(patch: Patch, key: str, weight: Sum) -> tuple[Tensor, list[str]]:
     """fp32 [N, K]: what a patch adds to the weight as it is now, by the host's own code; and what could not be applied of it."""
     if not reads_weight(patch):
-        return patched(weight.zeros(), patch, key, weight.base() if is_kind(patch[1], "model_as_lora") else None)
+        return patched(weight.zeros(), patch, key, original_of(patch, weight))
     before = weight.now()
     after, refused = patched(before.clone(), patch, key)
     return after.sub_(before), refused
+
+
+def original_of(patch: Patch, weight: Sum) -> Tensor | None:
+    """The model's own weight, or the slice of it that the patch is for, where the patch is a difference to it."""
+    if not is_kind(patch[1], "model_as_lora"):
+        return None
+    return weight.base() if patch[3] is None else weight.base().narrow(*patch[3])
 
 
 def reads_weight(patch: Patch) -> bool:
@@ -154,5 +161,5 @@ def merged_weight(module: PackedLeaf, key: str, patches: list[Patch], device: to
     weight = layer.base()
     for patch in active(patches):
         with caught(key):
-            weight, _ = patched(weight.clone(), patch, key, layer.base() if is_kind(patch[1], "model_as_lora") else None)
+            weight, _ = patched(weight.clone(), patch, key, original_of(patch, layer))
     return weight

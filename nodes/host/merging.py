@@ -139,16 +139,16 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
 
     def get_key_patches(self, *args: object, **kwargs: object) -> dict[str, list]:
         """The host's {key: [(weight, convert function), patches...]}: real numbers for whoever merges from this model, and plain biases."""
-        self._stacks = True
-        try:
+        asked_stacked = self._stacks
+        with self._stacked():
             listed = super().get_key_patches(*args, **kwargs)
-        finally:
-            self._stacks = False
         for key in listed:
             module = self.shifted(key)
             if module is not None:
                 (bias, _), *rest = listed[key]
                 listed[key] = [(bias, functools.partial(add_shift, module)), *(p for p in rest if p[4] is not shift_correction)]
+        if asked_stacked:
+            return listed
         for key, window in self.windows.items():
             if window.stacked in listed:
                 (weight, convert), *rest = listed[window.stacked]
@@ -156,6 +156,15 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
         for key in {window.stacked for window in self.windows.values()}:
             listed.pop(key, None)
         return listed
+
+    @contextlib.contextmanager
+    def _stacked(self) -> Iterator[None]:
+        """Stacked linears under their own keys, for the host's code that looks up modules by key."""
+        before, self._stacks = self._stacks, True
+        try:
+            yield
+        finally:
+            self._stacks = before
 
     def model_state_dict(self, *args: object, **kwargs: object) -> dict:
         """The host's, with dense weights and plain biases for whoever reads them."""
@@ -287,11 +296,12 @@ def dense_for_saving(model: nn.Module, saved: dict[str, Tensor], prefix: str, dt
         saved[weight] = merged_weight(module, key, sides.patches(key) if sides is not None else []).to("cpu", dtype)
         if bias in saved:
             saved[bias] = add_shift(module, module.bias).to("cpu", dtype)
-    for key, window in windows_of(model).items():
+    windows = windows_of(model)
+    for key, window in windows.items():
         whole = saved.get(prefix + window.stacked.removeprefix("diffusion_model."))
-        if whole is not None and not key.startswith(prefix):
+        if whole is not None:
             saved[prefix + key.removeprefix("diffusion_model.")] = window.of(whole).clone()
-    for window in windows_of(model).values():
+    for window in windows.values():
         saved.pop(prefix + window.stacked.removeprefix("diffusion_model."), None)
     return saved
 

@@ -242,7 +242,8 @@ class TonfaPatcher(MergingPatcher):
     # -- weight hooks -----------------------------------------------------------------------------------------------------------------
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:
-        super().patch_hooks(hooks)
+        with self._stacked():
+            super().patch_hooks(hooks)
         self.sides.hook({} if hooks is None else self._hooked(hooks))
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:

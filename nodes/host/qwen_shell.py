@@ -17,8 +17,9 @@ from torch import nn
 
 from ...models.formats.packed import PackedCheckpoint
 from ...models.formats.qwen_names import INDEX_TIMESTEP_ZERO
+from ...models.formats.tensorfile import CheckpointError
 from ...models.qwen_image import build_blocks
-from .base_model import SavesDense
+from .base_model import SavesDense, accepted
 from .ops import host_runtime
 
 log = logging.getLogger(__name__)
@@ -61,16 +62,23 @@ class TonfaQwenModel(SavesDense, comfy.model_base.QwenImage):
     """The host's base model for Qwen-Image (LoRA key maps ask for this class)."""
 
     def __init__(self, config: comfy.supported_models.QwenImage, device: torch.device, network: Callable):
-        # Not QwenImage's own: in 2025 it makes the transformer itself.
-        comfy.model_base.BaseModel.__init__(self, config, comfy.model_base.ModelType.FLUX, device=device, unet_model=network)
+        flow = comfy.model_base.ModelType.FLUX
+        if "unet_model" in inspect.signature(comfy.model_base.QwenImage.__init__).parameters:
+            super().__init__(config, model_type=flow, device=device, unet_model=network)
+            return
+        # In 2025 QwenImage's own makes the transformer itself.
+        comfy.model_base.BaseModel.__init__(self, config, flow, device=device, unet_model=network)
         self.memory_usage_factor_conds = ("ref_latents",)
 
 
 def unet_config(checkpoint: PackedCheckpoint) -> dict:
     """The file's configuration as this host's class takes it; a warning for what it does not know."""
-    known = inspect.signature(comfy.ldm.qwen_image.model.QwenImageTransformer2DModel).parameters
-    config = {key: value for key, value in checkpoint.config.items() if key in known}
-    if "default_ref_method" in checkpoint.config and "default_ref_method" not in known:
+    config = accepted(comfy.ldm.qwen_image.model.QwenImageTransformer2DModel, checkpoint.config)
+    if "use_additional_t_cond" in checkpoint.config and "use_additional_t_cond" not in config:
+        raise CheckpointError(
+            f"{checkpoint.path} is Qwen-Image-Layered, which this ComfyUI does not have. Update ComfyUI to one of 2026 or newer."
+        )
+    if "default_ref_method" in checkpoint.config and "default_ref_method" not in config:
         log.warning(
             "%s wants the reference method '%s', which this ComfyUI does not have: its pictures will be off. Update ComfyUI.",
             checkpoint.path, checkpoint.config["default_ref_method"],

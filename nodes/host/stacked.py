@@ -41,8 +41,8 @@ class Window:
 
 def windows_of(model: nn.Module) -> dict[str, Window]:
     """The host's key -> its window, of every stacked linear of a base model."""
-    found = {}
-    for name, module in model.diffusion_model.named_modules():
+    found, network = {}, getattr(model, "diffusion_model", None)  # a text encoder has none
+    for name, module in () if network is None else network.named_modules():
         for piece in getattr(module, "pieces", ()):
             for parameter in ("weight", "bias"):
                 if getattr(module, parameter) is not None:

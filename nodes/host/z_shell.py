@@ -18,7 +18,7 @@ from ...models.formats.packed import PackedCheckpoint
 from ...models.formats.tensorfile import CheckpointError
 from ...models.formats.zimage_names import STACKS
 from ...models.z_image import ZImageBlock, build_blocks
-from .base_model import SavesDense
+from .base_model import SavesDense, accepted
 from .ops import host_runtime
 
 
@@ -36,6 +36,7 @@ class TonfaZImage(comfy.ldm.lumina.model.NextDiT):
         progress: Callable[[int, int], None] | None = None,
         **config: object,
     ):
+        config = accepted(comfy.ldm.lumina.model.NextDiT, config)
         depths = {"n_layers": config["n_layers"], "n_refiner_layers": config["n_refiner_layers"]}
         bare = {**config, **dict.fromkeys(depths, 0)}
         super().__init__(dtype=dtype, device=device, operations=operations, **bare)
@@ -93,16 +94,18 @@ def settings(checkpoint: PackedCheckpoint) -> object:
     """The host's settings for a model of this file. CheckpointError where this host has no Z-Image."""
     if not hasattr(comfy.supported_models, "ZImage"):
         raise CheckpointError(
-            f"{checkpoint.path} is Z-Image, which this ComfyUI does not have: it came at the end of November 2025. Update ComfyUI."
+            f"{checkpoint.path} is Z-Image, which this ComfyUI does not have. Update ComfyUI to one of December 2025 or newer."
         )
-    config = {**checkpoint.config, "allow_fp16": allows_fp16(checkpoint)}
-    return comfy.supported_models.ZImage(config)
+    safe = allows_fp16(checkpoint)
+    config = comfy.supported_models.ZImage({**checkpoint.config, "allow_fp16": safe})
+    if not safe:  # hosts of 2025 do not ask
+        config.supported_inference_dtypes = [dtype for dtype in config.supported_inference_dtypes if dtype != torch.float16]
+    return config
 
 
 def allows_fp16(checkpoint: PackedCheckpoint) -> bool:
     """Whether the host computes this model in float16 where it is asked to: its own rule, by the spread of one norm."""
-    depth, plain = checkpoint.config["n_layers"], dict(checkpoint.plain_tensors())
-    norm = plain.get(f"layers.{depth - 2}.ffn_norm1.weight")
+    norm = checkpoint.plain_tensor(f"layers.{checkpoint.config['n_layers'] - 2}.ffn_norm1.weight")
     return norm is not None and float(norm.float().std(unbiased=False)) < 0.42
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import comfy.hooks
 import comfy.sd
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from tonfa.nodes.host.lora_files import teach_stock_nodes
 from tonfa.nodes.lora import NunchakuQwenImageLoraLoader, NunchakuQwenImageLoraStack
 
-from .families import FAMILIES, loaded, made, packed_files, sample, twin
+from .families import FAMILIES, conditioning, loaded, made, packed_files, sample, twin
 from .lab import rel
 
 H, RANK, ALPHA = packed_files.HIDDEN, 8, 4.0
@@ -193,3 +194,58 @@ def test_a_foreign_lora_is_refused(both, base):
     with pytest.raises(ValueError, match="nothing for this model"):
         NunchakuQwenImageLoraLoader().load_lora(ours, "sdxl.safetensors", 1.0, "disable")
     assert torch.equal(sample(ours, family, steps=2), plain)
+
+
+# -- what looks a layer up by its key ----------------------------------------------------------------------------------------------------
+
+
+def hooked(model, family: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A latent with the LoRA as a weight hook on the conditioning (Create Hook LoRA), as ComfyUI's own nodes set it up."""
+    hooks = comfy.hooks.create_hook_lora(lora=tensors, strength_model=0.8, strength_clip=0.0)
+    clone = model.clone()
+    clone.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    return sample(clone, family, steps=2, positive=[[c, {**extra, "hooks": hooks}] for c, extra in conditioning()])
+
+
+def test_a_lora_by_hooks(both, caplog):
+    family, ours, dense, plain, _ = both
+    tensors = lora("ComfyUI", pairs(family, PART[family]))
+    if family == "qwen-image":
+        tensors["diffusion_model.transformer_blocks.0.attn.to_k.diff_b"] = torch.randn(H, generator=torch.Generator().manual_seed(2))
+    with caplog.at_level(logging.WARNING):
+        got = hooked(ours, family, tensors)
+    want = hooked(dense, family, tensors)
+    assert rel(got, want) < 1e-3 and rel(want, plain) > 1e-3
+    assert "does not exist in model" not in caplog.text
+    assert torch.equal(sample(ours, family, steps=2), plain)
+
+
+def test_a_model_as_a_hook_on_stacked_layers(both):
+    """Create Hook Model as LoRA: the difference to another model's weights, q, k and v or value and gate apart."""
+    family, ours, dense, plain, _ = both
+    keys = [f"diffusion_model.{stack}.{name}.weight" for stack in STACKS[family][:1] for name in PART[family] if name != "attention.to_v"]
+    state = dense.model.state_dict()
+    target = {key: state[key] + 0.02 * torch.randn(state[key].shape, generator=torch.Generator().manual_seed(5)) for key in keys}
+    found = []
+    for model in (ours, dense):
+        clone = model.clone()
+        clone.add_patches({key: ("model_as_lora", (tensor,)) for key, tensor in target.items()}, 1.0)
+        if model is ours:
+            found.append(sample(clone, family, steps=2))
+        else:
+            diff = {key: ("diff", (target[key] - state[key],)) for key in keys}
+            clone = model.clone()
+            clone.add_patches(diff, 1.0)
+            found.append(sample(clone, family, steps=2))
+    assert rel(*found) < 1e-3 and rel(found[0], plain) > 1e-3
+
+
+def test_extract_lora_finds_the_hosts_layers(both):
+    family, ours, _, _, _ = both
+    nodes_lora_extract = pytest.importorskip("comfy_extras.nodes_lora_extract")
+    kind = nodes_lora_extract.LORAType.STANDARD
+    made = nodes_lora_extract.calc_lora_model(stock(ours, lora("diffusers", pairs(family))), 4, "diffusion_model.", "", {}, kind)
+    name = f"{STACKS[family][0]}.{PART[family][0]}"
+    up, down = made[f"{name}.lora_up.weight"], made[f"{name}.lora_down.weight"]
+    assert (up.shape[0], down.shape[1]) == LAYERS[family][PART[family][0]]
+    assert not any("to_qkv" in key or "net.0.proj" in key and family == "z-image" for key in made)

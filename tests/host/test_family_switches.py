@@ -124,6 +124,7 @@ def test_modulation_in_other_forms(modulation):
     assert snr(sample(ours, "qwen-image"), sample(dense, "qwen-image")) > 50
 
 
+@torch.inference_mode()  # as nodes run
 def test_what_is_saved_has_the_hosts_keys_and_numbers(model):
     family, ours, _ = model
     want = twin(made(family, depth=3)).model.diffusion_model.state_dict()

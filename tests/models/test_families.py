@@ -189,6 +189,14 @@ def test_dequantize_writes_the_hosts_own_linears(family, tmp_path):
         assert torch.equal(written[f"{piece.name}.weight"], whole[piece.first : piece.first + piece.rows])
 
 
+def test_names_of_rows_stand_in_for_modules(qwen, z_blocks):
+    """Whoever looks a layer up by the host's key finds something; nothing is counted or saved twice."""
+    attention, ff = qwen[0].attn, z_blocks["layers"][0].feed_forward
+    for parent, names in ((attention, ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")), (ff, ("w1", "w3"))):
+        assert all(getattr(parent, name).comfy_cast_weights is False for name in names)
+        assert not any(name.split(".")[0] in names for name in (*parent.state_dict(), *dict(parent.named_modules())))
+
+
 def test_less_of_a_checkpoint_can_be_built(z_file):
     dims = dataclasses.replace(z_file.dims, depth=1, refiners=0)
     blocks = z_image.build_blocks(dataclasses.replace(z_file, dims=dims))

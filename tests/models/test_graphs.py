@@ -36,8 +36,7 @@ class Replayed:
 def graphs(monkeypatch):
     def record(self, block, key, inputs, results, work):
         graph = Replayed(work, self._carve("inputs", inputs), self._carve("results", inputs[:results]))
-        self._recorded[block] = Recorded(key, graph)
-        return self._recorded[block]
+        return Recorded(key, graph)
 
     monkeypatch.setattr(Graphs, "_record", record)
     monkeypatch.setattr(module, "room", lambda device: True)
@@ -59,7 +58,20 @@ def test_first_ordinary_second_recorded_then_replayed(graphs):
     got = [graphs.run(block, ("fast",), [x, y], 1, work)[0] for x in xs]
     for x, result in zip(xs, got, strict=True):  # compared when all are made: a result must not change with the buffers
         assert torch.equal(result, x * 2 + y)
-    assert graphs._recorded[block].graph.replays == 3
+    (kept,) = graphs._recorded[block].values()
+    assert kept.graph.replays == 3
+
+
+def test_two_forms_that_take_turns_are_both_recorded(graphs):
+    """With CFG the texts of a model's two calls a step may differ in length."""
+    block, work, y = torch.nn.Identity(), Work(), torch.randn(4)
+    long, short = torch.randn(7, 4), torch.randn(3, 4)
+    for x in [long, short] * 4:
+        assert torch.equal(graphs.run(block, (), [x, y], 1, work)[0], x * 2 + y)
+    assert [kept.graph.replays for kept in graphs._recorded[block].values()] == [3, 3]
+    for x in [short, long]:
+        graphs.run(block, ("another",), [x, y], 1, work), graphs.run(block, ("another",), [x, y], 1, work)
+    assert [kept.key[0] for kept in graphs._recorded[block].values()] == ["another", "another"]  # no more than two
 
 
 def test_what_all_blocks_share_is_copied_when_it_changes(graphs):
