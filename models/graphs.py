@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-FORMS = 2  # of a block are kept: with CFG two prompts of different length take turns
+FORMS = 2  # sizes of inputs for which a block is kept: with CFG two prompts of different length take turns
 ROOM = 2 << 30  # free bytes below which nothing is recorded: a recorded block's memory cannot be used by anything else
 
 
@@ -92,7 +92,7 @@ class Graphs:
         key: everything else that work depends on (addresses of weights, modes). The first run with a key is an ordinary one, so that
         kernels are compiled and plans are made; the second is recorded.
         """
-        key = (*key, *((t.shape, t.dtype, t.device) for t in inputs))
+        state, key = key, (key, *((t.shape, t.dtype, t.device) for t in inputs))
         recorded = self._recorded.get(block, {}).get(key)
         if recorded is None:
             seen = self._seen.get(block, [])
@@ -102,7 +102,8 @@ class Graphs:
             recorded = self._record(block, key, inputs, results, work)
             if recorded is None:
                 return work(*inputs, [None] * results)
-            self._recorded[block] = dict([*self._recorded.get(block, {}).items(), (key, recorded)][-FORMS:])
+            others = [(k, kept) for k, kept in self._recorded.get(block, {}).items() if k[0] == state]
+            self._recorded[block] = dict([*others, (key, recorded)][-FORMS:])
         self._copy_in(inputs, results)
         recorded.graph.replay()
         return tuple(buffer.clone() for buffer in self._carve("results", inputs[:results]))

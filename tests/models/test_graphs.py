@@ -69,9 +69,13 @@ def test_two_forms_that_take_turns_are_both_recorded(graphs):
     for x in [long, short] * 4:
         assert torch.equal(graphs.run(block, (), [x, y], 1, work)[0], x * 2 + y)
     assert [kept.graph.replays for kept in graphs._recorded[block].values()] == [3, 3]
-    for x in [short, long]:
-        graphs.run(block, ("another",), [x, y], 1, work), graphs.run(block, ("another",), [x, y], 1, work)
-    assert [kept.key[0] for kept in graphs._recorded[block].values()] == ["another", "another"]  # no more than two
+    for _ in range(2):
+        graphs.run(block, ("other weights",), [long, y], 1, work)
+    (kept,) = graphs._recorded[block].values()
+    assert kept.key[0] == ("other weights",)  # what was recorded with the old ones is of no use any more
+    for x in (short, short, torch.randn(5, 4)):
+        graphs.run(block, ("other weights",), [x, y], 1, work), graphs.run(block, ("other weights",), [x, y], 1, work)
+    assert len(graphs._recorded[block]) == 2
 
 
 def test_what_all_blocks_share_is_copied_when_it_changes(graphs):
