@@ -424,7 +424,7 @@ class Leaves:
     def _packed(self, host: HostLinear, paired: bool) -> PackedLinear:
         layers = self.checkpoint.load_linear(host, device=self.target)
         bias = host_bias(host, layers)
-        spec = layout.plan(host.out_features, host.in_features, layers, code_form(self.target), **({"paired": True} if paired else {}))
+        spec = layout.plan(host.out_features, host.in_features, layers, code_form(self.target), paired)
         blob = layout.pack(spec, [layer for layer, _, _ in layers])
         return PackedLinear(spec, blob.to(self.device), None if bias is None else bias.to(self.device), self.runtime)
 
