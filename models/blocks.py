@@ -391,14 +391,14 @@ class Leaves:
         self.checkpoint, self.device, self.runtime = checkpoint, device, runtime or Runtime()
         self.target = torch.device(target if target is not None else device)
         self._linears = {h.name: h for h in checkpoint.host_linears()}
-        self._plain = dict(checkpoint.plain_tensors())
+        self._plain = checkpoint.plain_loaders()
         self._progress, self._done = progress, 0
 
     def linear(self, name: str, paired: bool = False) -> Linear:
         """The host linear of this name. paired: its rows are values and gates (Ending.swiglu)."""
         host = self._linears[name]
-        module = self._left_in_16_bit(host) if host.kind == "plain" else self._packed(host, paired)
         pieces = self.checkpoint.pieces(host)
+        module = self.unpacked(*(piece.name for piece in pieces)) if host.kind == "plain" else self._packed(host, paired)
         if len(pieces) > 1:
             module.pieces = pieces
         self._done += 1
@@ -406,20 +406,15 @@ class Leaves:
             self._progress(self._done, len(self._linears))
         return module
 
-    def unpacked(self, name: str) -> PlainLinear:
-        """A linear of the blocks that the format never quantises."""
-        weight, bias = (self._plain[f"{name}.{p}"].to(self.device, copy=True) for p in ("weight", "bias"))
-        return PlainLinear(weight, bias, self.runtime)
+    def unpacked(self, *names: str) -> PlainLinear:
+        """A linear in 16 bit, or several stacked."""
+        weight = torch.cat([self._plain[f"{name}.weight"]() for name in names]).to(self.device)
+        biases = [self._plain[f"{name}.bias"]() for name in names if f"{name}.bias" in self._plain]
+        return PlainLinear(weight, torch.cat(biases).to(self.device) if biases else None, self.runtime)
 
     def norm(self, name: str, parameter_name: str = "weight", eps: float = EPS) -> RMSNorm:
         """The RMSNorm whose scale is the tensor `name`; the host calls it parameter_name."""
-        return RMSNorm(self._plain[name].to(self.device, torch.float32, copy=True), parameter_name, self.runtime, eps)
-
-    def _left_in_16_bit(self, host: HostLinear) -> PlainLinear:
-        pieces = self.checkpoint.pieces(host)
-        weight = torch.cat([self._plain[f"{piece.name}.weight"] for piece in pieces]).to(self.device)
-        biases = [self._plain[f"{piece.name}.bias"] for piece in pieces if f"{piece.name}.bias" in self._plain]
-        return PlainLinear(weight, torch.cat(biases).to(self.device) if biases else None, self.runtime)
+        return RMSNorm(self._plain[name]().to(self.device, torch.float32, copy=True), parameter_name, self.runtime, eps)
 
     def _packed(self, host: HostLinear, paired: bool) -> PackedLinear:
         layers = self.checkpoint.load_linear(host, device=self.target)

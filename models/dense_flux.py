@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -351,9 +351,11 @@ class _Outside:
     def host_linears(self) -> list[HostLinear]:
         return []
 
-    def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name in outside_names(self.source.config):
-            yield name, self.source.tensor(name)
+    def outside_blocks(self) -> dict[str, Tensor]:
+        return {name: self.source.tensor(name) for name in outside_names(self.source.config)}
+
+    def plain_loaders(self) -> dict[str, Callable[[], Tensor]]:
+        return {}  # of blocks, of which it has none
 
 
 def outside_names(config: dict) -> list[str]:

@@ -265,7 +265,7 @@ class Flux(nn.Module):
         self.guidance_in = Embedder(256, hidden, **kw) if c["guidance_embed"] else nn.Identity()
         self.txt_in = nn.Linear(c["context_in_dim"], hidden, **kw)
         self.final_layer = LastLayer(hidden, c["out_channels"] * patch, **kw)
-        outside = {k: v for k, v in checkpoint.plain_tensors() if not k.startswith(("double_blocks.", "single_blocks."))}
+        outside = checkpoint.outside_blocks()
         if dtype == torch.float16 and any(t.abs().max() > LARGEST_FP16 for t in outside.values()):
             raise ValueError(f"{checkpoint.path} has values beyond float16's range in its 16-bit layers: compute in bfloat16 or float32")
         self.load_state_dict(outside)

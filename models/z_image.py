@@ -186,11 +186,6 @@ def dims_of(slices: Slices, length: int) -> Dims:
     return found + ([(at, length, 0)] if at < length else [])
 
 
-def is_packed(checkpoint: PackedCheckpoint, block: str) -> bool:
-    """Whether any linear of a block is in 4 bit: files may leave the refiners in 16 bit, and those blocks are the host's own."""
-    return any(h.kind != "plain" for h in checkpoint.host_linears() if h.name.startswith(f"{block}."))
-
-
 def build_blocks(
     checkpoint: PackedCheckpoint,
     *,
@@ -199,15 +194,18 @@ def build_blocks(
     target: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[int, ZImageBlock]]:
-    """Stack -> index -> block, of the blocks that have a linear in 4 bit. Arguments and errors as `Leaves`."""
+    """Stack -> index -> block, of the blocks that have a linear in 4 bit: files may leave the refiners in 16 bit, and those blocks are the
+    host's own. Arguments and errors as `Leaves`."""
     leaves = Leaves(checkpoint, device, runtime, target, progress)
     heads, blocks = checkpoint.config["n_heads"], {}
+    packed = {tuple(host.name.split(".")[:2]) for host in checkpoint.host_linears() if host.kind != "plain"}
     with torch.inference_mode(False), torch.no_grad():
         for stack, name in checkpoint.dims.blocks():
             name = name.removesuffix(".")
-            if not is_packed(checkpoint, name):
+            index = name.rpartition(".")[2]
+            if (stack, index) not in packed:
                 continue
-            i = int(name.rpartition(".")[2])
+            i = int(index)
             block = blocks.setdefault(stack, {})[i] = ZImageBlock(leaves, name, heads, stack != "context_refiner")
             if stack == "layers":
                 block.position = i

@@ -3,7 +3,7 @@ device that is asked for. checkpoint.py opens them.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -90,17 +90,17 @@ class PackedCheckpoint:
 
         The tensors may be views of the mapped file: copy them, do not write into them.
         """
-        for native, _, _, make in self._plain():
+        for native, make in self.plain_loaders().items():
             yield native, make()
+
+    def plain_loaders(self) -> dict[str, Callable[[], Tensor]]:
+        """plain_tensors(), each loaded and checked when its function is called."""
+        return {native: make for native, _, _, make in self._plain()}
 
     def outside_blocks(self) -> dict[str, Tensor]:
         """plain_tensors() around the blocks: embedders, final layer."""
         stacks = {host.name.partition(".")[0] for host in self.layout.linears}
-        return {name: make() for name, _, _, make in self._plain() if name.partition(".")[0] not in stacks}
-
-    def plain_tensor(self, name: str) -> Tensor | None:
-        """One of plain_tensors() by its native name; None where there is none."""
-        return next((make() for native, _, _, make in self._plain() if native == name), None)
+        return {name: make() for name, make in self.plain_loaders().items() if name.partition(".")[0] not in stacks}
 
     def plain_specs(self) -> list[tuple[str, tuple[int, ...], str]]:
         """(native name, shape, safetensors dtype) of what plain_tensors yields, in its order, from the header alone."""

@@ -20,7 +20,7 @@ from ...models.linear import PackedLeaf, PackedLinear
 from .branches import merged_weight
 from .patches import Patch, caught, completed, is_kind
 from .sides import Sides
-from .stacked import Window, sliced, windows_of
+from .stacked import Window, sliced, take_apart, windows_of
 
 
 class MergingPatcher(comfy.model_patcher.ModelPatcher):
@@ -149,13 +149,12 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
                 listed[key] = [(bias, functools.partial(add_shift, module)), *(p for p in rest if p[4] is not shift_correction)]
         if asked_stacked:
             return listed
-        for key, window in self.windows.items():
-            if window.stacked in listed:
-                (weight, convert), *rest = listed[window.stacked]
-                listed[key] = [(weight, functools.partial(window.converted, convert)), *filter(None, map(window.alone, rest))]
-        for key in {window.stacked for window in self.windows.values()}:
-            listed.pop(key, None)
-        return listed
+
+        def rows(key: str, window: Window, whole: list) -> list:
+            (weight, convert), *rest = whole
+            return [(weight, functools.partial(window.converted, convert)), *filter(None, map(window.alone, rest))]
+
+        return take_apart(listed, self.windows, rows)
 
     @contextlib.contextmanager
     def _stacked(self) -> Iterator[None]:
@@ -170,11 +169,7 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
         """The host's, with dense weights and plain biases for whoever reads them."""
         state = super().model_state_dict(*args, **kwargs)
         if not self._stacks:
-            for key, window in self.windows.items():
-                if window.stacked in state:
-                    state[key] = window.placeholder(state[window.stacked])
-            for key in {window.stacked for window in self.windows.values()}:
-                state.pop(key, None)
+            take_apart(state, self.windows, lambda key, window, whole: window.placeholder(whole))
         return DenseState(state, self._dense_value)
 
     def _dense_value(self, key: str, stored: Tensor) -> Tensor:
@@ -202,23 +197,14 @@ class MergingPatcher(comfy.model_patcher.ModelPatcher):
             if name in biases:
                 saved[biases[name]] = self._saved_bias(key, prefix + biases[name])
         saved = {name: saved[name] for name in state}
-        return self._taken_apart(saved, prefix)
+        return take_apart(saved, self.windows, self._saved_rows, lambda key: key.removeprefix(prefix))
 
-    def _taken_apart(self, saved: dict, prefix: str) -> dict:
-        """The same with the host's own linears in place of stacked ones."""
-        for key, window in self.windows.items():
-            whole = saved.get(window.stacked.removeprefix(prefix)) if key.startswith(prefix) else None
-            if whole is None:
-                continue
-            if key.endswith(".bias"):
-                saved[key.removeprefix(prefix)] = window.of(whole).clone()
-            else:
-                module = comfy.utils.get_attr(self.model, window.stacked.removesuffix(".weight"))
-                meta = torch.empty(window.rows, module.in_features, dtype=self.compute_dtype, device="meta")
-                saved[key.removeprefix(prefix)] = comfy.model_patcher.LazyCastingParam(self, key, meta)
-        for window in self.windows.values():
-            saved.pop(window.stacked.removeprefix(prefix), None)
-        return saved
+    def _saved_rows(self, key: str, window: Window, whole: Tensor) -> Tensor:
+        if key.endswith(".bias"):
+            return window.of(whole).clone()
+        module = comfy.utils.get_attr(self.model, window.stacked.removesuffix(".weight"))
+        meta = torch.empty(window.rows, module.in_features, dtype=self.compute_dtype, device="meta")
+        return comfy.model_patcher.LazyCastingParam(self, key, meta)
 
     def _saved_bias(self, key: str, bias: str) -> Tensor:
         if self.sides.is_loaded(key):
@@ -296,14 +282,10 @@ def dense_for_saving(model: nn.Module, saved: dict[str, Tensor], prefix: str, dt
         saved[weight] = merged_weight(module, key, sides.patches(key) if sides is not None else []).to("cpu", dtype)
         if bias in saved:
             saved[bias] = add_shift(module, module.bias).to("cpu", dtype)
-    windows = windows_of(model)
-    for key, window in windows.items():
-        whole = saved.get(prefix + window.stacked.removeprefix("diffusion_model."))
-        if whole is not None:
-            saved[prefix + key.removeprefix("diffusion_model.")] = window.of(whole).clone()
-    for window in windows.values():
-        saved.pop(prefix + window.stacked.removeprefix("diffusion_model."), None)
-    return saved
+    return take_apart(
+        saved, windows_of(model), lambda key, window, whole: window.of(whole).clone(),
+        lambda key: prefix + key.removeprefix("diffusion_model."),
+    )  # fmt: skip
 
 
 # -- biases of layers that shift their input --------------------------------------------------------------------------------------------

@@ -51,6 +51,21 @@ def windows_of(model: nn.Module) -> dict[str, Window]:
     return found
 
 
+def take_apart(
+    state: dict, windows: dict[str, Window], make: Callable[[str, Window, object], object], name: Callable[[str], str] = str
+) -> dict:
+    """`state` with the host's keys in place of stacked ones: make(key, window, what the stacked one has) -> value. It is changed.
+
+    name: how the state calls a key.
+    """
+    for key, window in windows.items():
+        if name(window.stacked) in state:
+            state[name(key)] = make(key, window, state[name(window.stacked)])
+    for window in windows.values():
+        state.pop(name(window.stacked), None)
+    return state
+
+
 def sliced(patches: dict, windows: dict[str, Window]) -> tuple[dict, dict]:
     """(the host's patches with slices of stacked linears for keys of their rows, new key -> old one of those)."""
     made, old = {}, {}

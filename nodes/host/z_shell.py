@@ -43,7 +43,7 @@ class TonfaZImage(comfy.ldm.lumina.model.NextDiT):
         self.load_state_dict(checkpoint.outside_blocks(), strict=True)  # the block lists are still empty
         self.runtime = host_runtime()
         found = build_blocks(checkpoint, device=device, runtime=self.runtime, target=target, progress=progress)
-        plain = dict(checkpoint.plain_tensors())
+        plain = checkpoint.plain_loaders()
         for stack in STACKS:
             depth = depths["n_layers" if stack == "layers" else "n_refiner_layers"]
             ours, blocks = found.get(stack, {}), nn.ModuleList()
@@ -56,7 +56,7 @@ class TonfaZImage(comfy.ldm.lumina.model.NextDiT):
         stack: str,
         index: int,
         config: dict,
-        plain: dict[str, torch.Tensor],
+        plain: dict[str, Callable[[], torch.Tensor]],
         dtype: torch.dtype | None,
         device: torch.device | None,
         operations: object,
@@ -66,7 +66,7 @@ class TonfaZImage(comfy.ldm.lumina.model.NextDiT):
         shell = comfy.ldm.lumina.model.NextDiT(dtype=dtype, device="meta", operations=operations, **one)
         block = getattr(shell, stack)[0].to_empty(device=device)
         prefix = f"{stack}.{index}."
-        block.load_state_dict({name.removeprefix(prefix): t for name, t in plain.items() if name.startswith(prefix)}, strict=True)
+        block.load_state_dict({name.removeprefix(prefix): load() for name, load in plain.items() if name.startswith(prefix)}, strict=True)
         block.layer_id = index
         return block
 
@@ -105,8 +105,8 @@ def settings(checkpoint: PackedCheckpoint) -> object:
 
 def allows_fp16(checkpoint: PackedCheckpoint) -> bool:
     """Whether the host computes this model in float16 where it is asked to: its own rule, by the spread of one norm."""
-    norm = checkpoint.plain_tensor(f"layers.{checkpoint.config['n_layers'] - 2}.ffn_norm1.weight")
-    return norm is not None and float(norm.float().std(unbiased=False)) < 0.42
+    norm = checkpoint.plain_loaders().get(f"layers.{checkpoint.config['n_layers'] - 2}.ffn_norm1.weight")
+    return norm is not None and float(norm().float().std(unbiased=False)) < 0.42
 
 
 def make(config: object, checkpoint: PackedCheckpoint, device: torch.device, network: Callable) -> TonfaZModel:
