@@ -125,6 +125,6 @@ def wide_bands(target: Target, kind: str, rows: int, n: int) -> list[tuple[int, 
 
 
 def linear_tile(target: Target, rows: int) -> Tile:
-    """w4a16_linear: bm tokens share one pass over the weights."""
+    """t5_linear for few tokens, of which bm share one pass over the weights."""
     bm = 1 if rows == 1 else 2 if rows == 2 else 4
     return Tile(bn=4, bm=bm, bk=1024, warps=1, stages=1)

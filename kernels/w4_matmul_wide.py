@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_scale import BLOCK
+from .expand_weight_torch import ExpandedWeight
 from .expand_weight_triton import expand_weight_triton
 from .layout import PartView
 from .rounding import has_pairs, held, in_registers, rounded, settled
@@ -279,7 +280,9 @@ def most_registers(target: Target, kind: str, further: int) -> int | None:
     return 128 if target.name == "sm_90" and kind == "row" and further else None
 
 
-def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish) -> Tensor:
+def w4_matmul_wide(
+    q: QuantizedInput, part: PartView, bias: Tensor | None, out: Tensor, finish: Finish, weight: ExpandedWeight | None = None
+) -> Tensor:
     """Same arguments and result as w4_matmul_torch, for kinds "e4m3", "half" and "plain". Operands must have been checked.
 
     Raises ValueError for more than four segments.
@@ -294,7 +297,7 @@ def w4_matmul_wide(q: QuantizedInput, part: PartView, bias: Tensor | None, out: 
     rank = 0 if q.lowrank is None else spec.rank_padded
     shift = spec.act_unsigned and kind == "row"
     finish, peak = unit_gate(finish), finish.peak
-    weight = expand_weight_triton(part, q.kind, x.dtype)
+    weight = weight or expand_weight_triton(part, q.kind, x.dtype)
     table = weight.ratio if kind == "row" else weight.scale
     pairs = [(part.up, q.lowrank)] if rank else []
     further = extra_rank(q, part)

@@ -18,9 +18,10 @@ from ..kernels import layout
 from ..kernels.norm_modulate import Norm
 from ..kernels.qk_norm_rope import qk_norm_rope_
 from ..kernels.targets import code_form, target_for, triton_reason
+from ..kernels.w4_matmul import Peak
 from .formats.checkpoint import HostLinear, PackedCheckpoint
 from .graphs import Side, may_record
-from .linear import Ending, Leaf, Linear, PackedLinear, PlainLinear, normalised, parameter, peak_between, resolved
+from .linear import Ending, Leaf, Linear, PackedLinear, PlainLinear, Weights, normalised, parameter, peak_between, resolved
 from .runtime import Runtime
 
 EPS = 1e-6
@@ -57,6 +58,7 @@ class RMSNorm(Leaf):
 
 
 Norms = tuple[RMSNorm, RMSNorm]  # of query and key heads
+Values = tuple[Tensor, ...]  # of a modulation, each [B, 1, D]
 
 
 def modulations(lin: Linear, vec: Tensor) -> list[Mod]:
@@ -66,10 +68,19 @@ def modulations(lin: Linear, vec: Tensor) -> list[Mod]:
     return [Mod(*chunks[i : i + 3]) for i in range(0, len(chunks), 3)]
 
 
+def modulation_values(lin: Linear, vec: Tensor, first: int, count: int) -> Values:
+    """`count` of the chunks [B, 1, D] of lin(vec), from `first` on: shift, scale, gate, and for a joint block the same again.
+
+    vec [B, 1, K]: silu is behind it.
+    """
+    dim = lin.in_features
+    return lin.outputs(vec, range(first * dim, (first + count) * dim)).chunk(count, dim=-1)
+
+
 def modulated(x: Tensor, mod: Mod, dims: Dims | None) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift in fp32, rounded once. x [B, L, D]."""
     if dims is None and mod.shift.shape[1] == 1:
-        return normalised(x, norm_of(x, mod))
+        return normalised(x, norm_of(x, mod.shift, mod.scale))
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
     if dims is None:  # a modulation per token
         return (normed * (1 + mod.scale.float()) + mod.shift.float()).to(x.dtype)
@@ -91,8 +102,8 @@ def gated(x: Tensor, y: Tensor, gate: Tensor, dims: Dims | None) -> Tensor:
     return out
 
 
-def norm_of(x: Tensor, mod: Mod) -> Norm:
-    return Norm(one_time(mod.shift, x), one_time(mod.scale, x), max(x.shape[1], 1), EPS)
+def norm_of(x: Tensor, shift: Tensor, scale: Tensor) -> Norm:
+    return Norm(one_time(shift, x), one_time(scale, x), max(x.shape[1], 1), EPS)
 
 
 def residual_of(x: Tensor, gate: Tensor) -> Ending:
@@ -215,6 +226,23 @@ def only_kernels(device: torch.device, dtype: torch.dtype, compute: str) -> bool
     return target_for(device).copy_engine and sixteen_bit and compute in ("exact", "fast") and triton_reason(device) is None
 
 
+# -- beside the main work -----------------------------------------------------------------------------------------------------------
+
+
+def side_for(runtime: Runtime, name: str, device: torch.device) -> Side:
+    """Graphs.side of the runtime's; without graphs, one that changes nothing."""
+    graphs = None if torch.compiler.is_compiling() else runtime.graphs
+    return Side(None) if graphs is None else graphs.side(device, name)
+
+
+def unpacked(gaps: Side, compute: str, x: Tensor, *linears: Linear) -> list[Weights]:
+    """The linears' weights for as many tokens as x [B, L, D] has, where `gaps` makes them beside other work.
+
+    Else nothing, for they are large: each linear unpacks its own, and lets go of it.
+    """
+    return [lin.unpack(x.shape[:2].numel(), compute, x.dtype) if gaps else None for lin in linears]
+
+
 # -- the joint block ----------------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +258,16 @@ class Stream:
     fc2: Linear
 
 
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What a stream needs behind attention and does not depend on it: row maxima to fill, and weights where they were unpacked."""
+
+    peak: Peak | None
+    proj: Weights
+    fc1: Weights
+    fc2: Weights
+
+
 class JointBlock(nn.Module):
     """Image and text stream with joint attention, text first: FLUX's double block, Qwen-Image's block.
 
@@ -237,7 +275,7 @@ class JointBlock(nn.Module):
     """
 
     position = 0  # among all blocks of the model, in the order in which they run
-    text_beside = False  # whether a recorded block runs its text stream beside its image stream
+    text_beside = True  # whether a recorded block runs its text stream beside its image stream
 
     def __init__(self, heads: int, runtime: Runtime):
         super().__init__()
@@ -314,38 +352,53 @@ class JointBlock(nn.Module):
     def _fused(
         self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict, out: list[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        n, side = txt.shape[1], self._side(img.device)
-        qkv = img.new_empty(img.shape[0], n + img.shape[1], self.stream("txt").qkv.out_features)
-        with side:
-            txt_mods = self._fused_qkv("txt", txt, vec, pe[:, :, :n], qkv[:, :n], compute)
-        img_mods = self._fused_qkv("img", img, vec, pe[:, :, n:], qkv[:, n:], compute)
-        side.join()
+        n, vec = txt.shape[1], F.silu(vec).unsqueeze(1)
+        beside, gaps, text_gaps = (side_for(self.runtime, name, img.device) for name in ("text", "gaps", "gaps of text"))
+        if not self.text_beside:
+            beside = Side(None)
+        s, t = self.stream("img"), self.stream("txt")
+        qkv = img.new_empty(img.shape[0], n + img.shape[1], t.qkv.out_features)
+        with gaps:
+            weights = unpacked(gaps, compute, img, s.qkv)
+        with beside:
+            txt_mod = modulation_values(t.mod, vec, 0, 6)
+            self._fused_qkv(t, txt, txt_mod, pe[:, :, :n], qkv[:, :n], compute, [None])
+            img_rest = modulation_values(s.mod, vec, 2, 4)  # the image stream waits for the first two only
+        img_mod = modulation_values(s.mod, vec, 0, 2)
+        gaps.join()
+        self._fused_qkv(s, img, img_mod, pe[:, :, n:], qkv[:, n:], compute, weights)
+        del weights
+        beside.join()
+        with gaps:
+            img_ready = self._ready(s, img, gaps, compute)
+        with text_gaps:
+            txt_ready = self._ready(t, txt, gaps, compute)
         attn = self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options)
         del qkv
-        with side:
-            txt = finite(self._fused_finish("txt", txt, attn[:, :n], *txt_mods, compute, out[1]))
-        img = self._fused_finish("img", img, attn[:, n:], *img_mods, compute, out[0])
-        side.join()
+        gaps.join()
+        with beside:
+            text_gaps.join()
+            txt = finite(self._fused_finish(t, txt, attn[:, :n], txt_mod[2:], txt_ready, compute, out[1]))
+        img = self._fused_finish(s, img, attn[:, n:], img_rest, img_ready, compute, out[0])
+        beside.join()
         return img, txt
 
-    def _side(self, device: torch.device) -> Side:
-        beside = self.text_beside and self.runtime.graphs is not None and not torch.compiler.is_compiling()
-        return self.runtime.graphs.side(device) if beside else Side(None)
-
-    def _fused_qkv(self, side: str, x: Tensor, vec: Tensor, pe: Tensor, out: Tensor, compute: str) -> list[Mod]:
-        """Writes the stream's normed and turned q, k and v; returns its modulations."""
-        s = self.stream(side)
-        mods = modulations(s.mod, vec)
-        s.qkv.run(x, compute, norm=norm_of(x, mods[0]), out=out)
+    def _fused_qkv(self, s: Stream, x: Tensor, mod: Values, pe: Tensor, out: Tensor, compute: str, weights: list[Weights]) -> None:
+        """Writes the stream's normed and turned q, k and v. mod: shift and scale, perhaps more."""
+        s.qkv.run(x, compute, norm=norm_of(x, *mod[:2]), out=out, weights=weights[0])
         qk_normed_(out, s.norms, self.num_heads, pe)
-        return mods
 
-    def _fused_finish(self, side: str, x: Tensor, attn: Tensor, mod1: Mod, mod2: Mod, compute: str, out: Tensor | None) -> Tensor:
-        s = self.stream(side)
-        x = s.proj.run(attn, compute, ending=residual_of(x, mod1.gate))
+    def _ready(self, s: Stream, x: Tensor, gaps: Side, compute: str) -> Ready:
         peak = peak_between(s.fc1, s.fc2, 0, x.shape[:2].numel(), compute, x.device)
-        h = s.fc1.run(x, compute, norm=norm_of(x, mod2), ending=Ending(gelu_from=0, peak=peak))
-        return s.fc2.run(h, compute, ending=residual_of(x, mod2.gate), out=out, peak=peak)
+        return Ready(peak, *unpacked(gaps, compute, x, s.proj, s.fc1, s.fc2))
+
+    def _fused_finish(self, s: Stream, x: Tensor, attn: Tensor, mod: Values, ready: Ready, compute: str, out: Tensor | None) -> Tensor:
+        """mod: gate, shift, scale, gate."""
+        gate1, shift, scale, gate2 = mod
+        x = s.proj.run(attn, compute, ending=residual_of(x, gate1), weights=ready.proj)
+        ending = Ending(gelu_from=0, peak=ready.peak)
+        h = s.fc1.run(x, compute, norm=norm_of(x, shift, scale), ending=ending, weights=ready.fc1)
+        return s.fc2.run(h, compute, ending=residual_of(x, gate2), out=out, peak=ready.peak, weights=ready.fc2)
 
 
 class Rows:

@@ -27,12 +27,15 @@ from .blocks import (
     heads_first,
     looked_into,
     modulated,
+    modulation_values,
     modulations,
     norm_of,
     patched_attention,
     qk_normed_,
     recorded,
     residual_of,
+    side_for,
+    unpacked,
 )
 from .first_block_cache import cached
 from .formats.checkpoint import FluxCheckpoint
@@ -160,14 +163,22 @@ class SingleBlock(nn.Module):
         return finite(gated(x, self.linear2(h, compute), mod.gate, dims))
 
     def _fused(self, x: Tensor, vec: Tensor, pe: Tensor, compute: str, options: dict, out: Tensor | None) -> Tensor:
-        mod, inner = self.modulation(vec)[0], 3 * self.hidden_size
-        peak = peak_between(self.linear1, self.linear2, inner, x.shape[:2].numel(), compute, x.device)
-        y = self.linear1.run(x, compute, norm=norm_of(x, mod), ending=Ending(gelu_from=inner, peak=peak))
+        inner, vec, gaps = 3 * self.hidden_size, F.silu(vec).unsqueeze(1), side_for(self.runtime, "gaps", x.device)
+        with gaps:
+            (first,) = unpacked(gaps, compute, x, self.linear1)
+            peak = peak_between(self.linear1, self.linear2, inner, x.shape[:2].numel(), compute, x.device)
+        shift, scale, gate = modulation_values(self.modulation.lin, vec, 0, 3)
+        gaps.join()
+        y = self.linear1.run(x, compute, norm=norm_of(x, shift, scale), ending=Ending(gelu_from=inner, peak=peak), weights=first)
+        del first
         qk_normed_(y[..., :inner], self.norm.pair, self.num_heads, pe)
+        with gaps:
+            (second,) = unpacked(gaps, compute, x, self.linear2)
         attn = self.runtime.attend(*heads_first(y[..., :inner], self.num_heads), self.num_heads, None, options)
+        gaps.join()
         parts = [attn, y[..., inner:]]
         del y, attn  # linear2 empties the list: at full size these two are most of the step's memory
-        return finite(self.linear2.run(parts, compute, ending=residual_of(x, mod.gate), out=out, peak=peak))
+        return finite(self.linear2.run(parts, compute, ending=residual_of(x, gate), out=out, peak=peak, weights=second))
 
 
 # -- from a checkpoint ------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """CUDA graphs of blocks: what a block launches, recorded once and replayed with one call.
 
 A block is some thirty launches. A fast GPU runs them in less time than Python needs to issue them, so a whole step would wait for the CPU.
-A recorded block reads and writes fixed addresses: its inputs are copied into buffers that all blocks share, its results copied out of them
-(2 % of a step at 1024 x 1024 on an H200), so that no tensor outside ever changes behind its holder's back.
+A recorded block reads and writes fixed addresses. Its results lie in a Place, where the next block reads them: copies between blocks were
+1.5 % of a step at 1024 x 1024 on an H200. A place is written again only when no tensor outside looks at it any more, so that none ever
+changes behind its holder's back; a block that finds no such place runs unrecorded.
 """
 
 from __future__ import annotations
@@ -18,15 +19,60 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 FORMS = 2  # sizes of inputs for which a block is kept: with CFG two prompts of different length take turns
+WAYS = 4  # recordings that a block has for each of them, to read in one place and write in another
+PLACES = 4  # for results of one size
+# Priorities of a recording's streams, the smallest first: the text stream, which is small and waited for, most of the work, and what fills
+# the gaps that leaves.
+PRIORITIES = {"text": -2, "main": -1, "gaps": 0, "gaps of text": 0}
 ROOM = 2 << 30  # free bytes below which nothing is recorded: a recorded block's memory cannot be used by anything else
+
+
+_use_count = getattr(torch._C, "_storage_Use_Count", None)  # torch's own, which its CUDA graph trees count by
+
+
+def holders(t: Tensor) -> int:
+    """How many tensors and storages look at t's memory."""
+    return _use_count(t.untyped_storage()._cdata)
+
+
+class Place:
+    """Memory for the results of a block; the next one may read them there."""
+
+    def __init__(self, like: Sequence[Tensor]):
+        with torch.inference_mode(False):
+            self.tensors = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
+        self._unheld = [holders(t) for t in self.tensors] if _use_count else []
+
+    def holds(self, i: int, t: Tensor) -> bool:
+        """Whether t is the result i that lies here."""
+        return t.data_ptr() == self.tensors[i].data_ptr() and t.is_contiguous()
+
+    def free(self, i: int) -> bool:
+        """Whether nobody outside has a tensor of result i."""
+        return not _use_count or holders(self.tensors[i]) == self._unheld[i]
+
+    def all_free(self) -> bool:
+        return all(self.free(i) for i in range(len(self.tensors)))
+
+    def results(self) -> tuple[Tensor, ...]:
+        """The results as tensors that count as holders; copies where torch cannot count them."""
+        return tuple(t.detach() if _use_count else t.clone() for t in self.tensors)
 
 
 @dataclass(eq=False)
 class Recorded:
-    """A block's graph, and what has to be the same for it to be right: see Graphs.run."""
+    """A block's graph, from where it reads and where it writes."""
 
-    key: tuple
     graph: torch.cuda.CUDAGraph
+    source: Place
+    target: Place
+
+    def fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether these inputs lie where the graph reads or can be copied there, and nothing is lost that it overwrites."""
+        return self.target.all_free() and all(self.source.holds(i, t) or self.source.free(i) for i, t in enumerate(inputs))
+
+    def copies(self, inputs: Sequence[Tensor]) -> int:
+        return sum(not self.source.holds(i, t) for i, t in enumerate(inputs))
 
 
 class Side:
@@ -40,6 +86,9 @@ class Side:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             self._entered = torch.cuda.stream(self._stream)
             self._entered.__enter__()
+
+    def __bool__(self) -> bool:
+        return self._stream is not None
 
     def __exit__(self, *error: object) -> None:
         if self._entered is not None:
@@ -65,24 +114,29 @@ class Graphs:
         """Forgets every recorded block and gives its memory back."""
         # Weak, for the blocks hold this: a model that nobody uses must go at once, not when Python next looks for cycles.
         self._seen: MutableMapping[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()
-        self._recorded: MutableMapping[nn.Module, dict[tuple, Recorded]] = weakref.WeakKeyDictionary()
-        self._arena: dict[str, Tensor] = {}
-        self._copied: dict[int, tuple] = {}  # input's place -> what was last copied there
+        self._recorded: MutableMapping[nn.Module, dict[tuple, list[Recorded]]] = weakref.WeakKeyDictionary()
+        self._places: dict[tuple, list[weakref.ref[Place]]] = {}  # by their tensors' shapes; the recordings hold them
+        self._shared: Tensor | None = None  # what all blocks of a step are given lies here
+        self._copied: dict[int, tuple] = {}  # input's place there -> what was last copied
         self._layout: tuple = ()  # of the inputs that were copied
-        self._pool = self._stream = self._side = None
+        self._pool = self._stream = None
+        self._sides: dict[str, torch.cuda.Stream] = {}
 
     def trim(self, device: torch.device) -> None:
         """Gives the memory back if others may need it. Between samplings."""
         if self._recorded and not room(device):
             self.release()
 
-    def side(self, device: torch.device) -> Side:
-        """For work that is to run beside what follows it, while a block is being recorded; in its place at any other time."""
+    def side(self, device: torch.device, name: str) -> Side:
+        """For work that is to run beside what follows it, while a block is being recorded; in its place at any other time.
+
+        name: of PRIORITIES.
+        """
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             return Side(None)
-        if self._side is None:
-            self._side = torch.cuda.Stream(device, priority=-1)  # or it would wait for the larger work's last programs
-        return Side(self._side)
+        if name not in self._sides:
+            self._sides[name] = torch.cuda.Stream(device, priority=PRIORITIES[name])
+        return Side(self._sides[name])
 
     def run(self, block: nn.Module, key: tuple, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> tuple[Tensor, ...]:
         """work(*inputs, out): its results are of the shapes and types of the first `results` inputs, which it leaves alone; it may write
@@ -90,30 +144,42 @@ class Graphs:
         them to the tensors in the list `out`, where those are not None.
 
         key: everything else that work depends on (addresses of weights, modes). The first run with a key is an ordinary one, so that
-        kernels are compiled and plans are made; the second is recorded.
+        kernels are compiled and plans are made; the second is recorded, and later ones whose inputs lie elsewhere.
         """
         state, key = key, (key, *((t.shape, t.dtype, t.device) for t in inputs))
-        recorded = self._recorded.get(block, {}).get(key)
-        if recorded is None:
+        streams = inputs[:results]
+        fitting = [found for found in self._recorded.get(block, {}).get(key, ()) if found.fits(streams)]
+        if fitting:
+            recorded = min(fitting, key=lambda found: found.copies(streams))
+        else:
             seen = self._seen.get(block, [])
             if self.off or key not in seen or not room(inputs[0].device):
                 self._seen[block] = [*seen, key][-FORMS:]
                 return work(*inputs, [None] * results)
-            recorded = self._record(block, key, inputs, results, work)
+            enough = len(self._recorded.get(block, {}).get(key, ())) == WAYS
+            recorded = None if enough else self._record(block, inputs, results, work)
             if recorded is None:
                 return work(*inputs, [None] * results)
-            others = [(k, kept) for k, kept in self._recorded.get(block, {}).items() if k[0] == state]
-            self._recorded[block] = dict([*others, (key, recorded)][-FORMS:])
-        self._copy_in(inputs, results)
+            forms = {k: kept for k, kept in self._recorded.get(block, {}).items() if k[0] == state}
+            forms[key] = [*forms.pop(key, ()), recorded]
+            self._recorded[block] = dict(list(forms.items())[-FORMS:])
+        for i, t in enumerate(streams):
+            if not recorded.source.holds(i, t):
+                recorded.source.tensors[i].copy_(t)
+        self._copy_shared(inputs[results:])
         recorded.graph.replay()
-        return tuple(buffer.clone() for buffer in self._carve("results", inputs[:results]))
+        return recorded.target.results()
 
-    def _record(self, block: nn.Module, key: tuple, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> Recorded | None:
-        """Records the block; None, and never again, where something in it cannot be recorded."""
-        buffers, out = self._carve("inputs", inputs), self._carve("results", inputs[:results])
+    def _record(self, block: nn.Module, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> Recorded | None:
+        """Records the block; None where all places are taken, and None and never again where something in it cannot be recorded."""
+        pair = self._pair(inputs[:results])
+        if pair is None:
+            return None
+        source, target = pair
         graph, device = torch.cuda.CUDAGraph(), inputs[0].device
+        buffers, out = [*source.tensors, *self._carve(inputs[results:])], list(target.tensors)
         if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=PRIORITIES["main"])
         self._stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(self._stream):
@@ -131,37 +197,50 @@ class Graphs:
             log.info("Blocks are not recorded as CUDA graphs here (%s: %s).", type(error).__name__, str(error).splitlines()[0])
             return None
         torch.cuda.current_stream(device).wait_stream(self._stream)
-        return Recorded(key, graph)
+        return Recorded(graph, source, target)
 
-    def _copy_in(self, inputs: Sequence[Tensor], results: int) -> None:
-        """Inputs into their buffers; the ones that all blocks of a step share (modulation vector, positions) once a step."""
-        buffers, layout = self._carve("inputs", inputs), tuple((t.shape, t.dtype) for t in inputs)
+    def _pair(self, streams: Sequence[Tensor]) -> tuple[Place, Place] | None:
+        """Where a block is to read (where its inputs lie, if they lie in one place) and where to write."""
+        layout = tuple((t.shape, t.dtype, t.device) for t in streams)
+        places = [place for ref in self._places.get(layout, ()) if (place := ref()) is not None]
+        there = [place for place in places if all(place.holds(i, t) for i, t in enumerate(streams))]
+        free = [place for place in places if place.all_free()]
+        while len(there[:1] + free) < 2 and len(places) < PLACES:
+            free.append(Place(streams))
+            places.append(free[-1])
+        self._places = {k: refs for k, refs in self._places.items() if any(ref() is not None for ref in refs)}
+        self._places[layout] = [weakref.ref(place) for place in places]
+        pair = (there[:1] + free)[:2]
+        return tuple(pair) if len(pair) == 2 else None
+
+    def _copy_shared(self, inputs: Sequence[Tensor]) -> None:
+        """What all blocks of a step share (modulation vector, positions) goes to its buffers once a step."""
+        buffers, layout = self._carve(inputs), tuple((t.shape, t.dtype) for t in inputs)
         if layout != self._layout:  # other inputs lay where these go
             self._copied.clear()
             self._layout = layout
         for i, (buffer, t) in enumerate(zip(buffers, inputs, strict=True)):
-            mark = None
-            if i >= results:
-                mark = (weakref.ref(t), buffer.data_ptr(), 0 if t.is_inference() else t._version)
-                last = self._copied.get(i)
-                if last is not None and last[0]() is t and last[1:] == mark[1:]:
-                    continue
-            buffer.copy_(t)
-            self._copied[i] = mark
+            mark = (weakref.ref(t), buffer.data_ptr(), 0 if t.is_inference() else t._version)
+            last = self._copied.get(i)
+            if last is None or last[0]() is not t or last[1:] != mark[1:]:
+                buffer.copy_(t)
+                self._copied[i] = mark
 
-    def _carve(self, name: str, like: Sequence[Tensor]) -> list[Tensor]:
+    def _carve(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Tensors shaped like these, one behind the other at a fixed address."""
+        if not like:
+            return []
         sizes = [-(-t.numel() * t.element_size() // 256) * 256 for t in like]
-        arena = self._arena.get(name)
-        if arena is None or arena.numel() < sum(sizes) or arena.device != like[0].device:
-            if arena is not None:  # what was recorded looks at the old one; a pool dies with its last graph
+        if self._shared is None or self._shared.numel() < sum(sizes) or self._shared.device != like[0].device:
+            if self._shared is not None:  # what was recorded looks at the old one; a pool dies with its last graph
                 self._recorded.clear()
-                self._pool = self._stream = self._side = None
+                self._pool = self._stream = None
+                self._sides = {}
             with torch.inference_mode(False):
-                arena = self._arena[name] = torch.empty(sum(sizes), dtype=torch.uint8, device=like[0].device)
+                self._shared = torch.empty(sum(sizes), dtype=torch.uint8, device=like[0].device)
         views, at = [], 0
         for t, size in zip(like, sizes, strict=True):
-            views.append(arena[at : at + t.numel() * t.element_size()].view(t.dtype).view(t.shape))
+            views.append(self._shared[at : at + t.numel() * t.element_size()].view(t.dtype).view(t.shape))
             at += size
         return views
 

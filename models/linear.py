@@ -17,7 +17,7 @@ from ..kernels import layout
 from ..kernels.norm_modulate import Norm, norm_modulate
 from ..kernels.t5_layout import T5Spec
 from ..kernels.targets import resolve_compute
-from ..kernels.w4_matmul import Finish, Peak, finds_peak, quantize_for, swiglu_torch, w4_matmul
+from ..kernels.w4_matmul import ExpandedWeight, Finish, Peak, finds_peak, quantize_for, swiglu_torch, unpack_for, w4_matmul
 from ..kernels.w4a16_linear import w4a16_linear
 from .lora import Side
 from .runtime import Runtime
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .streaming import Streamer
 
 LARGEST_FP16 = 65504.0
+Weights = list[ExpandedWeight | None] | None  # of every part, unpacked before its turn
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,14 @@ class PlainLinear(Leaf):
         self.weight, self.bias = parameter(weight), parameter(bias)
         self.fits_fp16 = bool(weight.abs().max() <= LARGEST_FP16)
 
+    def outputs(self, x: Tensor, rows: range) -> Tensor:
+        """As PackedLinear.outputs; the others are computed too, for a product of fewer may be rounded in another order."""
+        return self(x)[..., rows.start : rows.stop]
+
+    def unpack(self, rows: int, compute: str, dtype: torch.dtype) -> Weights:
+        """As PackedLinear.unpack: there is nothing to unpack."""
+        return None
+
     def forward(self, x: Tensor, compute: str | None = None) -> Tensor:
         with self.runtime.acquire(self, x.device) as (weight, bias):
             return dense_linear(x, weight, bias, self.fits_fp16)
@@ -157,6 +166,7 @@ class PlainLinear(Leaf):
         ending: Ending | None = None,
         out: Tensor | None = None,
         peak: Peak | None = None,
+        weights: Weights = None,
     ) -> Tensor:
         """As PackedLinear.run."""
         y = apply_ending(self(normalised(x, norm)), ending)
@@ -215,6 +225,13 @@ class PackedLinear(PackedLeaf):
         """Whether the kernels take all of the side: columns they do, but torch's product with the dense weight does not."""
         return self._side is None or (self._side.delta is None and (compute != "weight_only" or self.is_modulation))
 
+    def unpack(self, rows: int, compute: str, dtype: torch.dtype) -> Weights:
+        """The weight as `run` will unpack it for `rows` tokens of `dtype`; None where it lies elsewhere or is used in another way."""
+        if compute not in ("exact", "fast") or self.is_modulation or not self.fuses_side(compute) or "forward" in self.__dict__:
+            return None
+        held = self.runtime.held(self, self.home)
+        return None if held is None else [unpack_for(part, compute, rows, dtype) for part in self._parts(held["weight"])]
+
     # -- forward ----------------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, compute: str | None = None) -> Tensor:
@@ -224,6 +241,15 @@ class PackedLinear(PackedLeaf):
         shape = x.shape
         return self._run(x.reshape(1, shape[:-1].numel(), shape[-1]), compute).view(*shape[:-1], self.out_features)
 
+    def outputs(self, x: Tensor, rows: range) -> Tensor:
+        """forward(x)[..., rows] of a modulation layer: no other output is computed, where that can be. rows: from a multiple of 16 on."""
+        alone = self.is_modulation and self.fuses_side("weight_only") and "forward" not in self.__dict__
+        if not alone or torch.compiler.is_compiling():
+            return self.forward(x)[..., rows.start : rows.stop]
+        with self.runtime.acquire(self, x.device) as (blob, bias):
+            y = w4a16_linear(x.reshape(x.shape[:-1].numel(), self.in_features), self._parts(blob)[0], bias, rows)
+        return y.view(*x.shape[:-1], len(rows))
+
     def run(
         self,
         x: Tensor | list[Tensor],
@@ -232,16 +258,18 @@ class PackedLinear(PackedLeaf):
         ending: Ending | None = None,
         out: Tensor | None = None,
         peak: Peak | None = None,
+        weights: Weights = None,
     ) -> Tensor:
         """The linear with its neighbours fused.
 
         x: [B, L, K], or a list of one [B, L, K_i] per part of a linear split along K, which may be emptied so that the inputs can be freed
         early. norm: LayerNorm and modulation of x before it. peak: what the linear before found of the last part's input.
+        weights: what `unpack` gave.
         out: [B, L, N] to write to (any strides but a contiguous last dimension), else a new tensor. Returns [B, L, N] in x's type;
         N/2 where it ends in SwiGLU.
         """
         if "forward" not in self.__dict__:
-            return self._run(x, compute, norm, ending, out, peak)
+            return self._run(x, compute, norm, ending, out, peak, weights)
         y = apply_ending(self.forward(normalised(x, norm), compute), ending)  # the host wrapped this very module's forward (bypass LoRA)
         return y if out is None else out.copy_(y)
 
@@ -253,11 +281,12 @@ class PackedLinear(PackedLeaf):
         ending: Ending | None = None,
         out: Tensor | None = None,
         peak: Peak | None = None,
+        weights: Weights = None,
     ) -> Tensor:
         device = x.device if isinstance(x, Tensor) else x[0].device
         with self.runtime.acquire(self, device) as (blob, bias):
             if self.fuses_side(compute):
-                return self._four_bit(x, blob, bias, compute, norm, ending, out, peak)
+                return self._four_bit(x, blob, bias, compute, norm, ending, out, peak, weights)
             x = normalised(x, norm)
             y = apply_ending(self._side.add(self.spec, self._four_bit(x, blob, bias, compute), x), ending)
             return y if out is None else out.copy_(y)
@@ -272,6 +301,7 @@ class PackedLinear(PackedLeaf):
         ending: Ending | None = None,
         out: Tensor | None = None,
         peak: Peak | None = None,
+        weights: Weights = None,
     ) -> Tensor:
         """As `run`, with a weight and bias on the device, and with the side only where the kernels take it."""
         if torch.compiler.is_compiling():
@@ -282,7 +312,7 @@ class PackedLinear(PackedLeaf):
         half = (x if isinstance(x, Tensor) else x[0]).dtype == torch.float16
         if half and compute == "weight_only" and self._fits_fp16 is None and not self.is_modulation:
             self._fits_fp16 = fits_fp16(self.spec, blob)  # asked for here only, so that loading does not wait for it
-        return packed_linear(self.spec, self._parts(blob), x, bias, compute, norm, ending, out, self._fits_fp16, peak)
+        return packed_linear(self.spec, self._parts(blob), x, bias, compute, norm, ending, out, self._fits_fp16, peak, weights)
 
     def _parts(self, blob: Tensor) -> list[layout.PartView]:
         """Views of the parts: kept for a weight that has its place, since making them costs more than a launch; made for a host's copy."""
@@ -334,6 +364,7 @@ def packed_linear(
     out: Tensor | None = None,
     fits_fp16: bool | None = None,
     peak: Peak | None = None,
+    weights: Weights = None,
 ) -> Tensor:
     """PackedLinear.run as a function of tensors. fits_fp16: float16 holds every weight (None: it may not)."""
     if parts[0].spec.precision == "w4a16":
@@ -344,7 +375,7 @@ def packed_linear(
         y = apply_ending(dense_linear(normalised(x, norm), *dense_form(spec, parts, bias), fits_fp16), ending)
     else:
         xs = [x[..., p.spec.col_offset : p.spec.col_offset + p.spec.k] for p in parts] if isinstance(x, Tensor) else x
-        return fused_linear(spec, parts, xs, bias, compute, norm, ending or Ending(), out, peak)
+        return fused_linear(spec, parts, xs, bias, compute, norm, ending or Ending(), out, peak, weights)
     return y if out is None else out.copy_(y)
 
 
@@ -358,6 +389,7 @@ def fused_linear(
     ending: Ending,
     out: Tensor | None,
     peak: Peak | None,
+    weights: Weights,
 ) -> Tensor:
     """Quantise, multiply, end. xs: [B, L, K_i] per part; emptied."""
     batch, length = xs[0].shape[:2]
@@ -382,7 +414,8 @@ def fused_linear(
             peak=ending.peak if last and first + n == spec.out_features else None,
             swiglu=ending.swiglu,
         )
-        w4_matmul(q, part, cut(bias, first, n) if last else None, y if ending.swiglu else cut(y, first, n), finish)
+        weight = None if weights is None else weights[i]
+        w4_matmul(q, part, cut(bias, first, n) if last else None, y if ending.swiglu else cut(y, first, n), finish, weight)
     if direct:
         return out
     y = y.view(batch, length, columns)

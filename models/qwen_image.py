@@ -47,8 +47,6 @@ class FeedForward(nn.Module):
 class QwenImageBlock(JointBlock):
     """Image and text streams with joint attention. Called as the host calls its own: see `forward`."""
 
-    text_beside = True
-
     def __init__(self, leaf: Callable[[str], Linear], norm: Callable[[str], RMSNorm], heads: int, runtime: Runtime):
         super().__init__(heads, runtime)
         for s in ("img", "txt"):

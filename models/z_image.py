@@ -25,7 +25,9 @@ from .blocks import (
     patched_attention,
     qk_normed_,
     recorded,
+    side_for,
     stand_in,
+    unpacked,
 )
 from .first_block_cache import cached
 from .formats.packed import PackedCheckpoint
@@ -132,14 +134,22 @@ class ZImageBlock(nn.Module):
 
     def _fused(self, x: Tensor, times: Tensor, pe: Tensor, compute: str, options: dict, out: Tensor | None) -> Tensor:
         a, ff, rows = self.attention, self.feed_forward, x.shape[:2].numel()
+        gaps = side_for(self.runtime, "gaps", x.device)
+        with gaps:
+            (first,) = unpacked(gaps, compute, x, a.qkv)
+            peak = peak_between(ff.net[0].proj, ff.w2, 0, rows, compute, x.device)
         in1, out1, in2, out2 = self._factors(times)[:, 0].unbind(1)
-        qkv = a.qkv.run(x, compute, norm=rms_of(x, in1))
+        gaps.join()
+        qkv = a.qkv.run(x, compute, norm=rms_of(x, in1), weights=first)
+        del first
         qk_normed_(qkv, (a.q_norm, a.k_norm), self.num_heads, pe)
+        with gaps:
+            out_weights, proj_weights, w2_weights = unpacked(gaps, compute, x, a.out, ff.net[0].proj, ff.w2)
         attn = self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options)
-        x = gate_of(x, finite(a.out.run(attn, compute)), out1)
-        peak = peak_between(ff.net[0].proj, ff.w2, 0, rows, compute, x.device)
-        h = ff.net[0].proj.run(x, compute, norm=rms_of(x, in2), ending=Ending(swiglu=True, peak=peak))
-        return gate_of(x, finite(ff.w2.run(h, compute, peak=peak)), out2, out)
+        gaps.join()
+        x = gate_of(x, finite(a.out.run(attn, compute, weights=out_weights)), out1)
+        h = ff.net[0].proj.run(x, compute, norm=rms_of(x, in2), ending=Ending(swiglu=True, peak=peak), weights=proj_weights)
+        return gate_of(x, finite(ff.w2.run(h, compute, peak=peak, weights=w2_weights)), out2, out)
 
 
 def rms_of(x: Tensor, factor: Tensor) -> Norm:

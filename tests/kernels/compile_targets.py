@@ -32,7 +32,7 @@ from tonfa.kernels import w4a16_linear_triton as linear
 from tonfa.kernels.block_scale import BLOCK
 from tonfa.kernels.smooth_quantize_torch import plain_dtype
 from tonfa.kernels.targets import Target, cuda_target, hip_target
-from tonfa.kernels.tiles import QUANTIZE_PIECES, Tile, linear_tile, matmul_tile, quantize_tile, wide_bands
+from tonfa.kernels.tiles import QUANTIZE_PIECES, Tile, matmul_tile, quantize_tile, wide_bands
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -216,14 +216,12 @@ def expand_variant(form: str, target: Target, scales: str, k: int) -> Variant:
     return Variant(f"expand_weight {form}, K {k}", expand._expand_weight, types, constants, 4, 3, ())
 
 
-def linear_variant(target, dtype, rows, extra=0) -> Variant:
-    tile = linear_tile(target, rows)
+def linear_variant(target, dtype, extra=0) -> Variant:
     types = dict.fromkeys(linear._w4a16_linear.arg_names, "i32") | {"x": POINTERS[dtype], "out": POINTERS[dtype]}
     types |= {"codes": "*u8", "scales": "*bf16", "zeros": "*bf16", "bias": "*fp32", "h": "*fp32", "up": POINTERS[dtype]}
-    constants = {"x_col": 1, "XB": matmul.rank_step(extra, 32), "HAS_BIAS": True, "BN": tile.bn, "BM": tile.bm, "S": tile.bk // 128}
-    constants["EMULATE"] = False
-    name = f"w4a16_linear M={rows}" + (f", lora {extra}" if extra else "")
-    return Variant(name, linear._w4a16_linear, types, constants, tile.warps, tile.stages, ())
+    constants = {"x_col": 1, "XB": matmul.rank_step(extra, 32), "HAS_BIAS": True, "BN": linear.BN, "RUN": linear.RUN}
+    constants |= {"S": linear.SLICES, "PTX": rounding.has_pairs(target), "EMULATE": False}
+    return Variant("w4a16_linear" + (f", lora {extra}" if extra else ""), linear._w4a16_linear, types, constants, linear.WARPS, 1, ())
 
 
 def down_variant(dtype) -> Variant:
@@ -251,7 +249,7 @@ def norm_variant(name, target: Target, dtype, *, rms=False) -> Variant:
 
 def dotless_variants(dtype, target: Target) -> list[Variant]:
     """Kernels without matrix instructions, which every GPU runs."""
-    linears = [*(linear_variant(target, dtype, rows) for rows in (1, 2, 4)), linear_variant(target, dtype, 1, 48), down_variant(dtype)]
+    linears = [linear_variant(target, dtype), linear_variant(target, dtype, 48), down_variant(dtype)]
     ropes = [rope_variant("qk_norm_rope", dtype, torch.float32), rope_variant("qk_norm_rope, 16 bit table and scales", dtype, dtype)]
     return [*linears, *ropes, *(gate_variant(form, k) for form, k in ((dtype, 3840), (torch.float32, 3840), (torch.float32, 10240)))]
 

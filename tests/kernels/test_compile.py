@@ -39,7 +39,7 @@ def compiled(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942", "gfx1100", "gfx1201"])
 def test_kernels_compile_well(compiled, target):
     rows = [row for row in compiled if row["target"] == target]
-    assert len(rows) == {"sm_75": 10, "sm_80": 52, "sm_86": 52, "sm_90": 85}.get(target, 48 if target.startswith("gfx") else 78)
+    assert len(rows) == {"sm_75": 8, "sm_80": 50, "sm_86": 50, "sm_90": 83}.get(target, 46 if target.startswith("gfx") else 76)
     for row in rows:
         label = f"{target} {row['kernel']}"
         assert row["error"] is None, f"{label}: {row['error']}"

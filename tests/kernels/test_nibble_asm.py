@@ -10,7 +10,9 @@ import re
 import pytest
 import torch
 
-matmul = pytest.importorskip("tonfa.kernels.w4_matmul_triton", reason="Triton is not installed: pip install triton==3.6.0")
+REASON = "Triton is not installed: pip install triton==3.6.0"
+matmul = pytest.importorskip("tonfa.kernels.w4_matmul_triton", reason=REASON)
+linear = pytest.importorskip("tonfa.kernels.w4a16_linear_triton", reason=REASON)
 
 OPS = {
     "shr": lambda a, b: a >> b,
@@ -19,20 +21,22 @@ OPS = {
     "or": lambda a, b: a | b,
     "add": lambda a, b: (a + b) & 0xFFFFFFFF,
     "not": lambda a: ~a & 0xFFFFFFFF,
+    "prmt": lambda a, b, selector: sum(((b << 32 | a) >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4)),
 }
 
 
-def run_ptx(text: str, word: int) -> int:
-    registers = {"$1": word}
+def run_ptx(text: str, word: int, source: str = "$1") -> dict[str, int]:
+    """What the code leaves in its registers, with `word` in `source`."""
+    registers = {source: word}
     for name, arguments in re.findall(r"(\w+)\.[bu]32 ([^;]+);", text.replace(".reg .b32", "")):
         target, *sources = (a.strip() for a in arguments.split(","))
         registers[target] = OPS[name](*(registers[s] if s in registers else int(s, 0) for s in sources))
-    return registers["$0"]
+    return registers
 
 
 def unpacked(asm, packed: list[int]) -> torch.Tensor:
     text = getattr(asm, "value", asm)
-    words = [run_ptx(text, int.from_bytes(bytes(packed[i : i + 4]), "little")) for i in range(0, len(packed), 4)]
+    words = [run_ptx(text, int.from_bytes(bytes(packed[i : i + 4]), "little"))["$0"] for i in range(0, len(packed), 4)]
     return torch.tensor([b for word in words for b in word.to_bytes(4, "little")], dtype=torch.uint8)
 
 
@@ -46,3 +50,15 @@ def test_every_byte(half):
     assert torch.equal(e4m3, torch.where(nibbles >= 8, -magnitude, magnitude).float())
     int8 = unpacked((matmul._INT8_LOW, matmul._INT8_HIGH)[half], packed).view(torch.int8)
     assert torch.equal(int8.int(), 16 * torch.where(nibbles >= 8, nibbles - 16, nibbles).int())
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_sixteen_and_every_code(half):
+    """w4a16_linear's: four floats of four bytes."""
+    text = (linear._LOW, linear._HIGH)[half].value
+    for packed in range(0, 256, 4):
+        word = int.from_bytes(bytes([packed, packed ^ 255, packed + 1, packed + 3]), "little")
+        left = run_ptx(text, word, "$4")
+        bits = torch.tensor([left[f"${i}"] for i in range(4)], dtype=torch.int32)
+        nibbles = [word >> 8 * i + 4 * half & 15 for i in range(4)]
+        assert bits.view(torch.float32).tolist() == [16.0 + n for n in nibbles]

@@ -16,7 +16,7 @@ from tonfa.kernels.smooth_quantize import smooth_quantize
 from tonfa.kernels.smooth_quantize_torch import smooth_quantize_torch
 from tonfa.kernels.targets import cuda_target, hip_target, target_for
 from tonfa.kernels.tiles import Tile, wide_bands
-from tonfa.kernels.w4_matmul import Finish, Peak, quantize_for, takes_wide, w4_matmul
+from tonfa.kernels.w4_matmul import Finish, Peak, quantize_for, takes_wide, unpack_for, w4_matmul
 from tonfa.kernels.w4_matmul_torch import dequantized_input, dequantized_weight, w4_matmul_torch
 
 from .make_layers import packed_view, random_layer, with_columns
@@ -421,11 +421,11 @@ def test_quantize_for_takes_the_form_that_is_multiplied_fastest(monkeypatch, nam
         view = packed_view(bf16, form)
         exact, fast = quantize_for(x, view, "exact"), quantize_for(x, view, "fast")
         assert (exact.kind, fast.kind) == ("half" if many and form == "e4m3" else "int4", form)
-        assert takes_wide(exact, view.spec, TARGETS[name]) == (many and form == "e4m3")
-        assert takes_wide(fast, view.spec, TARGETS[name]) == (form == "e4m3")
+        assert takes_wide(exact.kind, view.spec, exact.codes.shape[0], TARGETS[name]) == (many and form == "e4m3")
+        assert takes_wide(fast.kind, view.spec, fast.codes.shape[0], TARGETS[name]) == (form == "e4m3")
     view = packed_view(random_layer("nvfp4", 128, 128, 16))
     q = quantize_for(x, view, "exact")
-    assert q.kind == "plain" and takes_wide(q, view.spec, TARGETS[name]) == many
+    assert q.kind == "plain" and takes_wide(q.kind, view.spec, q.codes.shape[0], TARGETS[name]) == many
 
 
 @pytest.mark.parametrize("form", ["int8", "e4m3"])
@@ -446,3 +446,35 @@ def test_fast_is_at_most_half_as_wrong_as_exact(form, outlier):
     message = f"{form}, one channel x{outlier}: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
     assert errors["fast"] <= 0.5 * errors["exact"], message
     assert abs(errors["exact in 16 bit"] - errors["exact"]) < 0.01 * errors["exact"], message
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("precision", "mode", "many", "kind"),
+    [("int4", "fast", False, "ratio"), ("int4", "exact", True, "scale"), ("nvfp4", "fast", True, "values")],
+)
+def test_a_weight_unpacked_before_gives_the_same_bits(interpreter, monkeypatch, precision, mode, many, kind, dtype):
+    import tonfa.kernels.w4_matmul as module
+
+    monkeypatch.setattr(module, "_many_rows", lambda rows, target: many)
+    torch.manual_seed(0)
+    layer = random_layer(precision, 200, 192, 16)
+    view, x = packed_view(layer, "e4m3"), torch.randn(17, 192).to(dtype)
+    q = quantize_for(x, view, mode)
+    want = w4_matmul(q, view, layer.bias, torch.empty(17, 200, dtype=dtype))
+    weight = unpack_for(view, mode, 17, dtype)
+    assert getattr(weight, kind) is not None
+    assert torch.equal(w4_matmul(q, view, layer.bias, torch.empty(17, 200, dtype=dtype), weight=weight), want)
+    weight.values = torch.zeros_like(weight.values.view(torch.uint8)).view(weight.values.dtype)
+    assert not torch.equal(w4_matmul(q, view, layer.bias, torch.empty(17, 200, dtype=dtype), weight=weight), want), "it is not used"
+
+
+def test_nothing_is_unpacked_before_where_programs_unpack(interpreter):
+    int4, nvfp4 = random_layer("int4", 128, 128, 16), random_layer("nvfp4", 128, 128, 16)
+    assert unpack_for(packed_view(int4, "int8"), "fast", 17, torch.bfloat16) is None
+    assert unpack_for(packed_view(int4, "e4m3"), "exact", 17, torch.bfloat16) is None
+    assert unpack_for(packed_view(nvfp4), "fast", 17, torch.bfloat16) is None
+
+
+def test_nothing_is_unpacked_before_on_the_cpu():
+    assert unpack_for(packed_view(random_layer("int4", 128, 128, 16), "e4m3"), "fast", 512, torch.bfloat16) is None

@@ -63,6 +63,23 @@ def test_further_columns(interpreter, rank, segments, dtype):
         assert relative(y.float() - bare, torch.cat(parts, 1)) < (1e-5 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("extra", [False, True])
+def test_some_outputs_are_those_of_all(interpreter, extra):
+    """Bit for bit: a block makes its modulation in two pieces."""
+    torch.manual_seed(0)
+    layer = random_layer("w4a16", 384, 320)
+    view, x = packed_view(layer), torch.randn(2, 320).bfloat16()
+    if extra:
+        view = with_columns(view, 32, (0, 128, 256), torch.bfloat16)
+    whole = w4a16_linear(x, view, layer.bias)
+    for rows in (range(0, 136), range(144, 384), range(112, 112), range(368, 379)):
+        got = w4a16_linear(x, view, layer.bias, rows)
+        assert got.shape == (2, len(rows)) and torch.equal(got, whole[:, rows.start : rows.stop])
+        assert torch.equal(
+            w4a16_linear_torch(x, view, layer.bias, rows), w4a16_linear_torch(x, view, layer.bias)[:, rows.start : rows.stop]
+        )
+
+
 def test_kernel_strided_input(interpreter):
     torch.manual_seed(0)
     view = packed_view(random_layer("w4a16", 128, 128))
@@ -76,3 +93,6 @@ def test_misfits_are_refused():
         w4a16_linear(torch.zeros(1, 64), packed_view(random_layer("w4a16", 128, 128)), None)
     with pytest.raises(ValueError, match="expected w4a16"):
         w4a16_linear(torch.zeros(1, 128), packed_view(random_layer("int4", 128, 128)), None)
+    for rows in (range(8, 16), range(0, 136), range(0, 128, 2)):
+        with pytest.raises(ValueError, match="from a multiple of 16 on"):
+            w4a16_linear(torch.zeros(1, 128), packed_view(random_layer("w4a16", 128, 128)), None, rows)

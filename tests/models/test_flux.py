@@ -249,7 +249,7 @@ def test_row_maxima_that_one_linear_leaves_for_the_next(compute, monkeypatch):
         left = run()
         assert all(torch.equal(x, y) for x, y in zip(left, without, strict=True))
         text, image = a["txt"].shape[1] * 2, a["img"].shape[1] * 2
-        assert asked == [text + image, text, image]
+        assert asked == [text + image, image, text]
         assert sum(amax is not None and bool((amax > 0).all()) for amax in taken) == 3
         leaf = model.double_blocks[0].img_mlp[2]
         leaf.set_side(make_side(leaf.spec, [], torch.zeros(128, 512), torch.device("cpu"), torch.float32))

@@ -34,9 +34,12 @@ class Replayed:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    def record(self, block, key, inputs, results, work):
-        graph = Replayed(work, self._carve("inputs", inputs), self._carve("results", inputs[:results]))
-        return Recorded(key, graph)
+    def record(self, block, inputs, results, work):
+        pair = self._pair(inputs[:results])
+        if pair is None:
+            return None
+        source, target = pair
+        return Recorded(Replayed(work, [*source.tensors, *self._carve(inputs[results:])], target.tensors), source, target)
 
     monkeypatch.setattr(Graphs, "_record", record)
     monkeypatch.setattr(module, "room", lambda device: True)
@@ -58,8 +61,8 @@ def test_first_ordinary_second_recorded_then_replayed(graphs):
     got = [graphs.run(block, ("fast",), [x, y], 1, work)[0] for x in xs]
     for x, result in zip(xs, got, strict=True):  # compared when all are made: a result must not change with the buffers
         assert torch.equal(result, x * 2 + y)
-    (kept,) = graphs._recorded[block].values()
-    assert kept.graph.replays == 3
+    kept = [way for ways in graphs._recorded[block].values() for way in ways]
+    assert [way.graph.replays for way in kept] == [1, 1, 1]  # each into a place of its own, for the results before were still held
 
 
 def test_two_forms_that_take_turns_are_both_recorded(graphs):
@@ -68,11 +71,11 @@ def test_two_forms_that_take_turns_are_both_recorded(graphs):
     long, short = torch.randn(7, 4), torch.randn(3, 4)
     for x in [long, short] * 4:
         assert torch.equal(graphs.run(block, (), [x, y], 1, work)[0], x * 2 + y)
-    assert [kept.graph.replays for kept in graphs._recorded[block].values()] == [3, 3]
+    assert [[kept.graph.replays for kept in ways] for ways in graphs._recorded[block].values()] == [[3], [3]]
     for _ in range(2):
         graphs.run(block, ("other weights",), [long, y], 1, work)
-    (kept,) = graphs._recorded[block].values()
-    assert kept.key[0] == ("other weights",)  # what was recorded with the old ones is of no use any more
+    (key,) = graphs._recorded[block]
+    assert key[0] == ("other weights",)  # what was recorded with the old ones is of no use any more
     for x in (short, short, torch.randn(5, 4)):
         graphs.run(block, ("other weights",), [x, y], 1, work), graphs.run(block, ("other weights",), [x, y], 1, work)
     assert len(graphs._recorded[block]) == 2
@@ -94,7 +97,8 @@ def test_another_key_or_shape_is_an_ordinary_run_first(graphs):
     small, large, y = torch.randn(3, 4), torch.randn(30, 4), torch.randn(4)
     for key, x in ((1, small), (1, small), (2, small), (1, small), (2, large), (2, large), (1, small), (1, small)):
         assert torch.equal(graphs.run(block, (key,), [x, y], 1, work)[0], x * 2 + y)
-    assert graphs._arena["inputs"].numel() >= large.nbytes
+    layouts = {layout[0][0] for layout, refs in graphs._places.items() if any(ref() is not None for ref in refs)}
+    assert layouts == {small.shape}  # the large ones' memory went with their recordings
 
 
 def test_off_and_short_of_memory_stay_ordinary(graphs, monkeypatch):
@@ -115,7 +119,7 @@ def test_release_forgets_everything_and_copies_start_empty(graphs):
         graphs.run(block, (), [x, y], 1, work)
     assert not copy.deepcopy(graphs)._recorded
     graphs.release()
-    assert not graphs._recorded and not graphs._arena
+    assert not graphs._recorded and graphs._shared is None and not graphs._places
 
 
 def test_a_recording_knows_its_side_and_a_weight_elsewhere_or_a_wrapped_forward_is_not_recorded():
@@ -172,3 +176,121 @@ def test_inputs_of_another_layout_do_not_pass_for_the_last_ones(graphs):
         graphs.run(wide, (), [x, y], 1, work)
     graphs.run(narrow, (), [small, other], 1, work)
     assert torch.equal(graphs.run(wide, (), [x, y], 1, work)[0], x * 2 + y)
+
+
+# -- places --------------------------------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """A block's work on two streams and something shared."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __call__(self, x, y, shared, out):
+        return x * 0.5 + shared * self.number, y - x.mean() + shared
+
+
+def step(graphs, blocks, x, y, shared, between=lambda i, x, y: (x, y)):
+    for i, (block, work) in enumerate(blocks):
+        x, y = between(i, *graphs.run(block, (), [x, y, shared], 2, work))
+    return x, y
+
+
+def wanted(blocks, x, y, shared):
+    for _, work in blocks:
+        x, y = work(x, y, shared, None)
+    return x, y
+
+
+def chain(n: int) -> list:
+    return [(torch.nn.Identity(), Counted(i)) for i in range(n)]
+
+
+def ways(graphs, blocks) -> list:
+    return [way for block, _ in blocks for kept in graphs._recorded.get(block, {}).values() for way in kept]
+
+
+def streams(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(1, 3, 4, generator=g), torch.randn(1, 2, 4, generator=g)
+
+
+def test_a_block_reads_where_the_one_before_wrote(graphs, monkeypatch):
+    """Two places serve a whole model; only what comes from outside is copied."""
+    blocks, shared, copied = chain(5), torch.ones(4), []
+    run = module.Recorded.copies
+    for seed in range(6):
+        monkeypatch.setattr(module.Recorded, "copies", lambda way, inputs: copied.append(run(way, inputs)) or run(way, inputs))
+        got = step(graphs, blocks, *streams(seed), shared)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted(blocks, *streams(seed), shared), strict=True))
+        del got
+    kept = ways(graphs, blocks)
+    assert len(kept) == 5 and len({id(way.source) for way in kept} | {id(way.target) for way in kept}) == 2
+    assert copied[-5:] == [2, 0, 0, 0, 0]
+    assert all(a.target is b.source for a, b in zip(kept, kept[1:], strict=False))
+
+
+def test_what_is_changed_in_place_between_blocks_is_what_the_next_one_reads(graphs):
+    """As the host adds a ControlNet's residual: to a part of the image stream, in place."""
+    blocks, shared = chain(4), torch.ones(4)
+
+    def add(i, x, y):
+        if i == 1:
+            x[:, :2] += 7
+        return x, y
+
+    for seed in range(4):
+        x, y = step(graphs, blocks, *streams(seed), shared, add)
+        a, b = wanted(blocks[:2], *streams(seed), shared)
+        a[:, :2] += 7
+        assert torch.equal(x, wanted(blocks[2:], a, b, shared)[0])
+        del x, y
+    assert len(ways(graphs, blocks)) == 4
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_kept_or_dropped_nothing_changes_and_all_is_right(graphs, seed):
+    """Blocks in any order, inputs from anywhere, results or views of them kept for a while: against the same work unrecorded."""
+    g = torch.Generator().manual_seed(seed)
+    pick = lambda n: int(torch.randint(n, (1,), generator=g))  # noqa: E731
+    blocks, shared, kept = chain(3), torch.ones(4), []
+    x, y = streams(seed)
+    for turn in range(200):
+        block, work = blocks[pick(3)]
+        want = work(x, y, shared, None)
+        x, y = graphs.run(block, (), [x, y, shared], 2, work)
+        assert torch.equal(x, want[0]) and torch.equal(y, want[1]), turn
+        what = pick(8)
+        if what == 0:
+            kept.append((x, x.clone()))
+        elif what == 1:
+            kept.append((y[:, 1:], y[:, 1:].clone()))
+        elif what == 2:
+            y = y + 1
+        elif what == 3:
+            x = x.clone()
+        elif what == 4 and kept:
+            kept.pop(pick(len(kept)))
+        elif what == 5 and kept and kept[-1][0].shape == x.shape:
+            x = kept.pop()[0]
+        for held, copy_ in kept:
+            assert torch.equal(held, copy_), turn
+    assert ways(graphs, blocks) and all(len(list(refs)) <= module.PLACES for refs in graphs._places.values())
+
+
+def test_who_keeps_everything_gets_ordinary_runs(graphs):
+    blocks, shared, kept = chain(6), torch.ones(4), []
+    for seed in range(4):
+        step(graphs, blocks, *streams(seed), shared, lambda i, x, y: kept.append((x, x.clone())) or (x, y))
+    assert all(torch.equal(a, b) for a, b in kept)
+    assert len(ways(graphs, blocks)) <= module.PLACES
+
+
+def test_without_torchs_count_results_are_copies(graphs, monkeypatch):
+    monkeypatch.setattr(module, "_use_count", None)
+    blocks, shared, kept = chain(3), torch.ones(4), []
+    for seed in range(5):
+        x, y = step(graphs, blocks, *streams(seed), shared)
+        kept.append((x, wanted(blocks, *streams(seed), shared)[0]))
+    assert all(torch.equal(a, b) for a, b in kept) and len(ways(graphs, blocks)) == 3

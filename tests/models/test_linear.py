@@ -8,6 +8,7 @@ import pytest
 import torch
 from tonfa.kernels import layout
 from tonfa.kernels.norm_modulate import Norm
+from tonfa.models import linear as linear_module
 from tonfa.models.linear import Ending, PackedLinear, PlainLinear, apply_ending, spec_of
 from tonfa.models.lora import Term, make_side
 from tonfa.models.runtime import Runtime
@@ -315,3 +316,57 @@ def test_equal_layouts_have_one_handle():
     a, b, c = single(seed=1)[0], single(seed=2)[0], single(n=128)[0]
     assert a.handle == b.handle != c.handle
     assert spec_of(a.handle) == a.spec and spec_of(c.handle) == c.spec
+
+
+def modulation(n=384, k=128):
+    g = torch.Generator().manual_seed(0)
+    codes, scales = torch.randint(0, 16, (n, k), generator=g, dtype=torch.uint8), (torch.rand(n, k // 64, generator=g) * 0.02).bfloat16()
+    part = layout.LogicalLinear("w4a16", codes, scales, zeros=-7 * scales, bias=torch.randn(n, generator=g))
+    return module([(part, 0, 0)], n, k, part.bias)
+
+
+@pytest.mark.parametrize("how", ["packed", "columns", "delta", "wrapped", "plain"])
+def test_some_outputs_of_a_modulation(how):
+    m, x = modulation(), torch.randn(2, 1, 128)
+    if how in ("columns", "delta"):
+        term = Term(torch.randn(384, 4), torch.randn(4, 128), 0)
+        delta = torch.randn(384, 128) if how == "delta" else None
+        m.set_side(make_side(m.spec, [term], delta, torch.device("cpu"), torch.float32))
+    if how == "plain":
+        m = PlainLinear(torch.randn(384, 128), torch.randn(384), Runtime())
+    if how == "wrapped":
+        stock = m.forward
+        m.forward = lambda x: stock(x) * 2
+    rows = range(128, 384)
+    torch.testing.assert_close(m.outputs(x, rows), m.forward(x)[..., 128:], rtol=1e-5, atol=1e-5)
+    assert m.outputs(x, rows).shape == (2, 1, 256)
+
+
+def test_what_is_unpacked_before_its_turn(monkeypatch):
+    """Every part, in the form for these tokens, and handed on to the product of that part; nothing where the kernels do not take it all."""
+    asked, used = [], []
+    monkeypatch.setattr("tonfa.models.linear.unpack_for", lambda part, mode, rows, dtype: asked.append((part, mode, rows, dtype)) or part)
+    product = linear_module.w4_matmul
+
+    def multiply(q, part, bias, y, finish, weight):
+        used.append((part, weight))
+        return product(q, part, bias, y, finish)
+
+    monkeypatch.setattr(linear_module, "w4_matmul", multiply)
+    a, b = layer(128, 128), layer(128, 256, seed=1, unsigned=True)
+    m = module([(a, 0, 0), (b, 0, 128)], 128, 384, a.bias)
+    weights = m.unpack(9, "fast", torch.bfloat16)
+    assert [call[1:] for call in asked] == [("fast", 9, torch.bfloat16)] * 2 and len(weights) == 2
+    m.run(torch.randn(1, 9, 384), "fast", weights=weights)
+    assert len(used) == 2 and all(part is weight for part, weight in used)
+    assert m.unpack(9, "weight_only", torch.bfloat16) is None and modulation().unpack(9, "fast", torch.bfloat16) is None
+    m.runtime = dataclasses.replace(m.runtime, held=lambda leaf, device: None)
+    assert m.unpack(9, "fast", torch.bfloat16) is None
+    m.runtime = Runtime()
+    m.set_side(make_side(m.spec, [], torch.zeros(128, 384), torch.device("cpu"), torch.float32))
+    assert m.unpack(9, "fast", torch.bfloat16) is None
+    m.set_side(None)
+    assert m.unpack(9, "fast", torch.bfloat16) is not None
+    m.forward = m.forward
+    assert m.unpack(9, "fast", torch.bfloat16) is None
+    assert PlainLinear(torch.randn(128, 128), None, Runtime()).unpack(9, "fast", torch.bfloat16) is None
