@@ -23,7 +23,7 @@ from .w4_matmul_triton import FAR, check_segments, rank_step, segment_of
 
 EXTRA_STARTS = ("xseg1", "xseg2", "xseg3")
 
-
+DOWN_K, DOWN_WARPS = 4096, 16  # all of K at once: few programs, and the block waits for them
 BN, SLICES, WARPS, RUN = 8, 8, 4, 8  # four warps share 1024 of K, so that a third of a block's outputs fills the machine too
 
 # Four codes of a 32-bit word into the top of the mantissa of 16 + code: byte i of t above 16 bits of 0, under 0x41.
@@ -58,12 +58,13 @@ def _down(x, down, h, K, KP, RANKS, x_row, x_col, BK: tl.constexpr, RB: tl.const
     """h [M, RANKS] fp32 = x @ down; a program makes RB of a row."""
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.program_id(1) * RB + tl.arange(0, RB)
-    acc = tl.zeros((BK, RB), tl.float32)
+    acc = tl.zeros((RB,), tl.float32)
     for k in range(0, KP, BK):
         cols = k + tl.arange(0, BK)
         v = tl.load(x + row * x_row + cols * x_col, mask=cols < K, other=0.0).to(tl.float32)
-        acc += v[:, None] * tl.load(down + cols[:, None] * RANKS + ranks[None, :], mask=(cols < KP)[:, None], other=0.0).to(tl.float32)
-    tl.store(h + row * RANKS + ranks, tl.sum(acc, axis=0))
+        d = tl.load(down + cols[:, None] * RANKS + ranks[None, :], mask=(cols < KP)[:, None], other=0.0).to(tl.float32)
+        acc += tl.sum(v[:, None] * d, axis=0)
+    tl.store(h + row * RANKS + ranks, acc)
 
 
 @triton.jit(do_not_specialize=["FIRST", *EXTRA_STARTS])
@@ -113,7 +114,7 @@ def _lowrank(x: Tensor, part: PartView) -> Tensor:
     h = torch.empty(rows, down.shape[1], dtype=torch.float32, device=x.device)
     with launch_device(x.device):
         _down[(rows, down.shape[1] // 16)](
-            x, down, h, k, down.shape[0], down.shape[1], x.stride(0), x.stride(1), BK=1024, RB=16, num_warps=8
+            x, down, h, k, down.shape[0], down.shape[1], x.stride(0), x.stride(1), BK=DOWN_K, RB=16, num_warps=DOWN_WARPS
         )
     return h
 

@@ -81,14 +81,15 @@ class Side:
     def __init__(self, stream: torch.cuda.Stream | None):
         self._stream, self._entered = stream, None
 
+    def __bool__(self) -> bool:
+        """Whether it is a stream of its own."""
+        return self._stream is not None
+
     def __enter__(self) -> None:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             self._entered = torch.cuda.stream(self._stream)
             self._entered.__enter__()
-
-    def __bool__(self) -> bool:
-        return self._stream is not None
 
     def __exit__(self, *error: object) -> None:
         if self._entered is not None:
@@ -172,16 +173,16 @@ class Graphs:
 
     def _record(self, block: nn.Module, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> Recorded | None:
         """Records the block; None where all places are taken, and None and never again where something in it cannot be recorded."""
-        pair = self._pair(inputs[:results])
-        if pair is None:
-            return None
-        source, target = pair
         graph, device = torch.cuda.CUDAGraph(), inputs[0].device
-        buffers, out = [*source.tensors, *self._carve(inputs[results:])], list(target.tensors)
-        if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=PRIORITIES["main"])
-        self._stream.wait_stream(torch.cuda.current_stream(device))
         try:
+            pair = self._pair(inputs[:results])
+            if pair is None:
+                return None
+            source, target = pair
+            buffers, out = [*source.tensors, *self._carve(inputs[results:])], list(target.tensors)
+            if self._pool is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=PRIORITIES["main"])
+            self._stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:

@@ -227,7 +227,7 @@ def linear_variant(target, dtype, extra=0) -> Variant:
 def down_variant(dtype) -> Variant:
     """The low-rank product beside w4a16_linear."""
     types = dict.fromkeys(linear._down.arg_names, "i32") | {"x": POINTERS[dtype], "down": POINTERS[dtype], "h": "*fp32"}
-    return Variant("w4a16_linear down", linear._down, types, {"x_col": 1, "BK": 1024, "RB": 16}, 8, 3, ())
+    return Variant("w4a16_linear down", linear._down, types, {"x_col": 1, "BK": linear.DOWN_K, "RB": 16}, linear.DOWN_WARPS, 3, ())
 
 
 def norm_variants(target: Target, dtype) -> list[Variant]:
