@@ -74,9 +74,9 @@ def _w4a16_linear(
     EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Outputs FIRST to FIRST + N, S slices of 128 of K at once."""
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(0).to(tl.int64)  # rows first: they share what is read of the weight
+    at = tl.program_id(1) * BN + tl.arange(0, BN)
     n = FIRST + at
-    row = tl.program_id(1).to(tl.int64)
     s = tl.arange(0, S)
     j = tl.arange(0, 64)
     codes_at = codes + n.to(tl.int64)[:, None, None] * (KP // 2) + s[None, :, None] * 64 + j[None, None, :]
@@ -97,7 +97,7 @@ def _w4a16_linear(
             acc += scale * tl.sum(products, axis=3) + (zero - 16.0 * scale) * sums
     y = tl.sum(tl.sum(acc, axis=2), axis=1)
     if XB > 0:
-        seg = segment_of(FIRST + tl.program_id(0) * BN, xseg1, xseg2, xseg3)
+        seg = segment_of(FIRST + tl.program_id(1) * BN, xseg1, xseg2, xseg3)
         for r in range(0, rank, XB):
             ranks = r + tl.arange(0, XB)
             u = tl.load(up + n.to(tl.int64)[:, None] * rank + ranks[None, :]).to(tl.float32)
@@ -130,7 +130,7 @@ def w4a16_linear_triton(x: Tensor, part: PartView, bias: Tensor | None, rows: ra
     if extra is not None:
         h, rank, starts = _lowrank(x, part), extra.up.shape[1], [*extra.segments[1:], *starts][:3]
     with launch_device(x.device):
-        _w4a16_linear[(triton.cdiv(len(rows), BN), m)](
+        _w4a16_linear[(m, triton.cdiv(len(rows), BN))](
             x, part.codes, part.scales, part.zeros, out if bias is None else bias.contiguous(), out,
             h, out if extra is None else extra.up, rows.start, len(rows), spec.n_padded, spec.k, spec.k_padded, x.stride(0), x.stride(1),
             0 if extra is None else h.stride(0), rank, *starts, XB=rank_step(rank, 32),

@@ -359,12 +359,12 @@ class JointBlock(nn.Module):
         s, t = self.stream("img"), self.stream("txt")
         qkv = img.new_empty(img.shape[0], n + img.shape[1], t.qkv.out_features)
         with gaps:
-            weights = unpacked(gaps, compute, img, s.qkv)
+            (weights,) = unpacked(gaps, compute, img, s.qkv)
         with beside:
             txt_mod = modulation_values(t.mod, vec, 0, 6)
-            self._fused_qkv(t, txt, txt_mod, pe[:, :, :n], qkv[:, :n], compute, [None])
-            img_rest = modulation_values(s.mod, vec, 2, 4)  # the image stream waits for the first two only
-        img_mod = modulation_values(s.mod, vec, 0, 2)
+            self._fused_qkv(t, txt, txt_mod, pe[:, :, :n], qkv[:, :n], compute)
+            img_rest = modulation_values(s.mod, vec, 2, 4) if beside else ()
+        img_mod = modulation_values(s.mod, vec, 0, 2 if beside else 6) + img_rest  # in two: the image stream waits for the first alone
         gaps.join()
         self._fused_qkv(s, img, img_mod, pe[:, :, n:], qkv[:, n:], compute, weights)
         del weights
@@ -372,20 +372,20 @@ class JointBlock(nn.Module):
         with gaps:
             img_ready = self._ready(s, img, gaps, compute)
         with text_gaps:
-            txt_ready = self._ready(t, txt, gaps, compute)
+            txt_ready = self._ready(t, txt, text_gaps, compute)
         attn = self.runtime.attend(*heads_first(qkv, self.num_heads), self.num_heads, None, options)
         del qkv
-        gaps.join()
         with beside:
             text_gaps.join()
             txt = finite(self._fused_finish(t, txt, attn[:, :n], txt_mod[2:], txt_ready, compute, out[1]))
-        img = self._fused_finish(s, img, attn[:, n:], img_rest, img_ready, compute, out[0])
+        gaps.join()
+        img = self._fused_finish(s, img, attn[:, n:], img_mod[2:], img_ready, compute, out[0])
         beside.join()
         return img, txt
 
-    def _fused_qkv(self, s: Stream, x: Tensor, mod: Values, pe: Tensor, out: Tensor, compute: str, weights: list[Weights]) -> None:
+    def _fused_qkv(self, s: Stream, x: Tensor, mod: Values, pe: Tensor, out: Tensor, compute: str, weights: Weights = None) -> None:
         """Writes the stream's normed and turned q, k and v. mod: shift and scale, perhaps more."""
-        s.qkv.run(x, compute, norm=norm_of(x, *mod[:2]), out=out, weights=weights[0])
+        s.qkv.run(x, compute, norm=norm_of(x, *mod[:2]), out=out, weights=weights)
         qk_normed_(out, s.norms, self.num_heads, pe)
 
     def _ready(self, s: Stream, x: Tensor, gaps: Side, compute: str) -> Ready:

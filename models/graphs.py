@@ -1,9 +1,9 @@
 """CUDA graphs of blocks: what a block launches, recorded once and replayed with one call.
 
 A block is some thirty launches. A fast GPU runs them in less time than Python needs to issue them, so a whole step would wait for the CPU.
-A recorded block reads and writes fixed addresses. Its results lie in a Place, where the next block reads them: copies between blocks were
-1.5 % of a step at 1024 x 1024 on an H200. A place is written again only when no tensor outside looks at it any more, so that none ever
-changes behind its holder's back; a block that finds no such place runs unrecorded.
+A recorded block reads and writes fixed addresses. Its results lie in a Slot, where the next block reads them: copies between blocks were
+1.5 % of a step at 1024 x 1024 on an H200. A slot is written again only when no tensor outside looks at it any more, so that none ever
+changes behind its holder's back; a block that finds no such slot runs unrecorded.
 """
 
 from __future__ import annotations
@@ -19,29 +19,33 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 FORMS = 2  # sizes of inputs for which a block is kept: with CFG two prompts of different length take turns
-WAYS = 4  # recordings that a block has for each of them, to read in one place and write in another
-PLACES = 4  # for results of one size
+WAYS = 4  # recordings that a block has for each of them, to read one slot and write another
+SLOTS = 4  # for results of one size
 # Priorities of a recording's streams, the smallest first: the text stream, which is small and waited for, most of the work, and what fills
 # the gaps that leaves.
 PRIORITIES = {"text": -2, "main": -1, "gaps": 0, "gaps of text": 0}
 ROOM = 2 << 30  # free bytes below which nothing is recorded: a recorded block's memory cannot be used by anything else
+INSIDE = 16  # times as much as its streams a block may need: a single block of FLUX has seven for its first linear alone
 
 
-_use_count = getattr(torch._C, "_storage_Use_Count", None)  # torch's own, which its CUDA graph trees count by
+_use_count = getattr(torch._C, "_storage_Use_Count", None)  # torch's own CUDA graph trees count by it
 
 
 def holders(t: Tensor) -> int:
-    """How many tensors and storages look at t's memory."""
+    """How many tensors look at t's memory, and a constant."""
     return _use_count(t.untyped_storage()._cdata)
 
 
-class Place:
-    """Memory for the results of a block; the next one may read them there."""
+class Slot:
+    """Memory for the results of a block; the next one may read them there.
+
+    Every tensor of a result counts as a holder, views too. Whoever lets go of one while another stream still reads it is not seen.
+    """
 
     def __init__(self, like: Sequence[Tensor]):
         with torch.inference_mode(False):
             self.tensors = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
-        self._unheld = [holders(t) for t in self.tensors] if _use_count else []
+        self._unheld = [holders(t) for t in self.tensors]
 
     def holds(self, i: int, t: Tensor) -> bool:
         """Whether t is the result i that lies here."""
@@ -49,14 +53,14 @@ class Place:
 
     def free(self, i: int) -> bool:
         """Whether nobody outside has a tensor of result i."""
-        return not _use_count or holders(self.tensors[i]) == self._unheld[i]
+        return holders(self.tensors[i]) == self._unheld[i]
 
     def all_free(self) -> bool:
         return all(self.free(i) for i in range(len(self.tensors)))
 
     def results(self) -> tuple[Tensor, ...]:
-        """The results as tensors that count as holders; copies where torch cannot count them."""
-        return tuple(t.detach() if _use_count else t.clone() for t in self.tensors)
+        """The results as tensors that count as holders."""
+        return tuple(t.detach() for t in self.tensors)
 
 
 @dataclass(eq=False)
@@ -64,8 +68,8 @@ class Recorded:
     """A block's graph, from where it reads and where it writes."""
 
     graph: torch.cuda.CUDAGraph
-    source: Place
-    target: Place
+    source: Slot
+    target: Slot
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
         """Whether these inputs lie where the graph reads or can be copied there, and nothing is lost that it overwrites."""
@@ -106,6 +110,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.off = False
+        self._most: float = float("inf")  # bytes of streams: with more, memory ran out while a block was recorded
         self.release()
 
     def __reduce__(self) -> tuple:
@@ -116,7 +121,7 @@ class Graphs:
         # Weak, for the blocks hold this: a model that nobody uses must go at once, not when Python next looks for cycles.
         self._seen: MutableMapping[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()
         self._recorded: MutableMapping[nn.Module, dict[tuple, list[Recorded]]] = weakref.WeakKeyDictionary()
-        self._places: dict[tuple, list[weakref.ref[Place]]] = {}  # by their tensors' shapes; the recordings hold them
+        self._slots: dict[tuple, list[weakref.ref[Slot]]] = {}  # by their tensors' shapes; the recordings hold them
         self._shared: Tensor | None = None  # what all blocks of a step are given lies here
         self._copied: dict[int, tuple] = {}  # input's place there -> what was last copied
         self._layout: tuple = ()  # of the inputs that were copied
@@ -154,14 +159,15 @@ class Graphs:
             recorded = min(fitting, key=lambda found: found.copies(streams))
         else:
             seen = self._seen.get(block, [])
-            if self.off or key not in seen or not room(inputs[0].device):
+            if self.off or key not in seen or nbytes(streams) > self._most or not room(inputs[0].device, nbytes(streams)):
                 self._seen[block] = [*seen, key][-FORMS:]
                 return work(*inputs, [None] * results)
             enough = len(self._recorded.get(block, {}).get(key, ())) == WAYS
             recorded = None if enough else self._record(block, inputs, results, work)
             if recorded is None:
                 return work(*inputs, [None] * results)
-            forms = {k: kept for k, kept in self._recorded.get(block, {}).items() if k[0] == state}
+            # Of other weights only while they may take turns with these, as with a LoRA on one of two conditionings.
+            forms = {k: kept for k, kept in self._recorded.get(block, {}).items() if k[0] == state or k in seen}
             forms[key] = [*forms.pop(key, ()), recorded]
             self._recorded[block] = dict(list(forms.items())[-FORMS:])
         for i, t in enumerate(streams):
@@ -172,7 +178,7 @@ class Graphs:
         return recorded.target.results()
 
     def _record(self, block: nn.Module, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> Recorded | None:
-        """Records the block; None where all places are taken, and None and never again where something in it cannot be recorded."""
+        """Records the block; None where all slots are taken, and None and never again where something in it cannot be recorded."""
         graph, device = torch.cuda.CUDAGraph(), inputs[0].device
         try:
             pair = self._pair(inputs[:results])
@@ -190,27 +196,40 @@ class Graphs:
                         if made.data_ptr() != wanted.data_ptr():
                             wanted.copy_(made)
                 finally:
+                    self._join_all()
                     graph.capture_end()
-                    release_workspaces()
         except Exception as error:
-            self.off = True
             self.release()
+            if isinstance(error, torch.OutOfMemoryError):
+                self._most = nbytes(inputs[:results]) - 1
+            else:
+                self.off = True
             log.info("Blocks are not recorded as CUDA graphs here (%s: %s).", type(error).__name__, str(error).splitlines()[0])
             return None
+        finally:
+            release_workspaces()
         torch.cuda.current_stream(device).wait_stream(self._stream)
         return Recorded(graph, source, target)
 
-    def _pair(self, streams: Sequence[Tensor]) -> tuple[Place, Place] | None:
+    def _join_all(self) -> None:
+        """Joins side streams that an error left apart: torch's allocator never recovers from a recording that cannot be ended."""
+        for stream in self._sides.values():
+            with torch.cuda.stream(stream):
+                apart = torch.cuda.is_current_stream_capturing()
+            if apart:
+                self._stream.wait_stream(stream)
+
+    def _pair(self, streams: Sequence[Tensor]) -> tuple[Slot, Slot] | None:
         """Where a block is to read (where its inputs lie, if they lie in one place) and where to write."""
         layout = tuple((t.shape, t.dtype, t.device) for t in streams)
-        places = [place for ref in self._places.get(layout, ()) if (place := ref()) is not None]
-        there = [place for place in places if all(place.holds(i, t) for i, t in enumerate(streams))]
-        free = [place for place in places if place.all_free()]
-        while len(there[:1] + free) < 2 and len(places) < PLACES:
-            free.append(Place(streams))
-            places.append(free[-1])
-        self._places = {k: refs for k, refs in self._places.items() if any(ref() is not None for ref in refs)}
-        self._places[layout] = [weakref.ref(place) for place in places]
+        slots = [slot for ref in self._slots.get(layout, ()) if (slot := ref()) is not None]
+        there = [slot for slot in slots if all(slot.holds(i, t) for i, t in enumerate(streams))]
+        free = [slot for slot in slots if slot.all_free()]
+        while len(there[:1] + free) < 2 and len(slots) < SLOTS:
+            free.append(Slot(streams))
+            slots.append(free[-1])
+        self._slots = {k: refs for k, refs in self._slots.items() if any(ref() is not None for ref in refs)}
+        self._slots[layout] = [weakref.ref(slot) for slot in slots]
         pair = (there[:1] + free)[:2]
         return tuple(pair) if len(pair) == 2 else None
 
@@ -253,9 +272,16 @@ def release_workspaces() -> None:
         release()
 
 
-def room(device: torch.device) -> bool:
-    """Whether there is memory to spare for recorded blocks. What torch keeps for itself does not count: a recording cannot use it."""
-    return torch.cuda.mem_get_info(device)[0] > ROOM
+def nbytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def room(device: torch.device, streams: int = 0) -> bool:
+    """Whether there is memory to spare for recorded blocks. What torch keeps for itself does not count: a recording cannot use it.
+
+    streams: bytes of a block's streams, of which it needs some multiple.
+    """
+    return torch.cuda.mem_get_info(device)[0] > ROOM + INSIDE * streams
 
 
 def may_record(device: torch.device) -> bool:
@@ -269,4 +295,5 @@ def may_record(device: torch.device) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
         and torch.cuda.get_allocator_backend() == "native"
+        and _use_count is not None
     )

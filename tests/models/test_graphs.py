@@ -42,7 +42,7 @@ def graphs(monkeypatch):
         return Recorded(Replayed(work, [*source.tensors, *self._carve(inputs[results:])], target.tensors), source, target)
 
     monkeypatch.setattr(Graphs, "_record", record)
-    monkeypatch.setattr(module, "room", lambda device: True)
+    monkeypatch.setattr(module, "room", lambda device, streams: True)
     return Graphs()
 
 
@@ -62,7 +62,7 @@ def test_first_ordinary_second_recorded_then_replayed(graphs):
     for x, result in zip(xs, got, strict=True):  # compared when all are made: a result must not change with the buffers
         assert torch.equal(result, x * 2 + y)
     kept = [way for ways in graphs._recorded[block].values() for way in ways]
-    assert [way.graph.replays for way in kept] == [1, 1, 1]  # each into a place of its own, for the results before were still held
+    assert [way.graph.replays for way in kept] == [1, 1, 1]  # each into a slot of its own, for the results before were still held
 
 
 def test_two_forms_that_take_turns_are_both_recorded(graphs):
@@ -74,8 +74,8 @@ def test_two_forms_that_take_turns_are_both_recorded(graphs):
     assert [[kept.graph.replays for kept in ways] for ways in graphs._recorded[block].values()] == [[3], [3]]
     for _ in range(2):
         graphs.run(block, ("other weights",), [long, y], 1, work)
-    (key,) = graphs._recorded[block]
-    assert key[0] == ("other weights",)  # what was recorded with the old ones is of no use any more
+    states = [(key[0], key[1][0]) for key in graphs._recorded[block]]
+    assert states == [((), short.shape), (("other weights",), long.shape)]  # what was last seen with the old ones may come again
     for x in (short, short, torch.randn(5, 4)):
         graphs.run(block, ("other weights",), [x, y], 1, work), graphs.run(block, ("other weights",), [x, y], 1, work)
     assert len(graphs._recorded[block]) == 2
@@ -95,18 +95,30 @@ def test_what_all_blocks_share_is_copied_when_it_changes(graphs):
 def test_another_key_or_shape_is_an_ordinary_run_first(graphs):
     block, work = torch.nn.Identity(), Work()
     small, large, y = torch.randn(3, 4), torch.randn(30, 4), torch.randn(4)
-    for key, x in ((1, small), (1, small), (2, small), (1, small), (2, large), (2, large), (1, small), (1, small)):
+    steps = (
+        (1, small),
+        (1, small),
+        (2, small),
+        (1, small),
+        (2, large),
+        (2, large),
+        (1, small),
+        (1, small),
+        *[(3, small)] * 2,
+        *[(4, small)] * 2,
+    )
+    for key, x in steps:
         assert torch.equal(graphs.run(block, (key,), [x, y], 1, work)[0], x * 2 + y)
-    layouts = {layout[0][0] for layout, refs in graphs._places.items() if any(ref() is not None for ref in refs)}
+    layouts = {layout[0][0] for layout, refs in graphs._slots.items() if any(ref() is not None for ref in refs)}
     assert layouts == {small.shape}  # the large ones' memory went with their recordings
 
 
 def test_off_and_short_of_memory_stay_ordinary(graphs, monkeypatch):
     block, work, x, y = torch.nn.Identity(), Work(), torch.randn(3, 4), torch.randn(4)
-    monkeypatch.setattr(module, "room", lambda device: False)
+    monkeypatch.setattr(module, "room", lambda device, streams: False)
     for _ in range(3):
         graphs.run(block, (), [x, y], 1, work)
-    monkeypatch.setattr(module, "room", lambda device: True)
+    monkeypatch.setattr(module, "room", lambda device, streams: True)
     graphs.off = True
     for _ in range(3):
         graphs.run(block, (), [x, y], 1, work)
@@ -119,7 +131,7 @@ def test_release_forgets_everything_and_copies_start_empty(graphs):
         graphs.run(block, (), [x, y], 1, work)
     assert not copy.deepcopy(graphs)._recorded
     graphs.release()
-    assert not graphs._recorded and graphs._shared is None and not graphs._places
+    assert not graphs._recorded and graphs._shared is None and not graphs._slots
 
 
 def test_a_recording_knows_its_side_and_a_weight_elsewhere_or_a_wrapped_forward_is_not_recorded():
@@ -178,7 +190,7 @@ def test_inputs_of_another_layout_do_not_pass_for_the_last_ones(graphs):
     assert torch.equal(graphs.run(wide, (), [x, y], 1, work)[0], x * 2 + y)
 
 
-# -- places --------------------------------------------------------------------------------------------------------------------------
+# -- slots ---------------------------------------------------------------------------------------------------------------------------
 
 
 class Counted:
@@ -217,7 +229,7 @@ def streams(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_block_reads_where_the_one_before_wrote(graphs, monkeypatch):
-    """Two places serve a whole model; only what comes from outside is copied."""
+    """Two slots serve a whole model; only what comes from outside is copied."""
     blocks, shared, copied = chain(5), torch.ones(4), []
     run = module.Recorded.copies
     for seed in range(6):
@@ -276,7 +288,7 @@ def test_whatever_is_kept_or_dropped_nothing_changes_and_all_is_right(graphs, se
             x = kept.pop()[0]
         for held, copy_ in kept:
             assert torch.equal(held, copy_), turn
-    assert ways(graphs, blocks) and all(len(list(refs)) <= module.PLACES for refs in graphs._places.values())
+    assert ways(graphs, blocks) and all(len(list(refs)) <= module.SLOTS for refs in graphs._slots.values())
 
 
 def test_who_keeps_everything_gets_ordinary_runs(graphs):
@@ -284,13 +296,40 @@ def test_who_keeps_everything_gets_ordinary_runs(graphs):
     for seed in range(4):
         step(graphs, blocks, *streams(seed), shared, lambda i, x, y: kept.append((x, x.clone())) or (x, y))
     assert all(torch.equal(a, b) for a, b in kept)
-    assert len(ways(graphs, blocks)) <= module.PLACES
+    assert len(ways(graphs, blocks)) <= module.SLOTS
 
 
-def test_without_torchs_count_results_are_copies(graphs, monkeypatch):
-    monkeypatch.setattr(module, "_use_count", None)
-    blocks, shared, kept = chain(3), torch.ones(4), []
-    for seed in range(5):
-        x, y = step(graphs, blocks, *streams(seed), shared)
-        kept.append((x, wanted(blocks, *streams(seed), shared)[0]))
-    assert all(torch.equal(a, b) for a, b in kept) and len(ways(graphs, blocks)) == 3
+def test_two_states_of_the_weights_that_take_turns_are_recorded_once(graphs):
+    """As with a LoRA on one of two conditionings."""
+    block, work, x, y = torch.nn.Identity(), Work(), torch.randn(3, 4), torch.randn(4)
+    for _ in range(5):
+        for state in (("one",), ("two",)):
+            assert torch.equal(graphs.run(block, state, [x, y], 1, work)[0], x * 2 + y)
+    assert [[kept.graph.replays for kept in ways] for ways in graphs._recorded[block].values()] == [[4], [4]]
+
+
+def test_memory_that_runs_out_while_a_block_is_recorded_is_no_reason_not_to_record_smaller_ones(monkeypatch):
+    """The real _record up to where the device comes in."""
+    graphs, block, work, y = Graphs(), torch.nn.Identity(), Work(), torch.randn(4)
+    small, large = torch.randn(3, 4), torch.randn(300, 4)
+    monkeypatch.setattr(module, "room", lambda device, streams: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(module, "release_workspaces", lambda: None)
+    asked = []
+
+    def none_left(self, streams):
+        asked.append(streams[0].shape)
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(Graphs, "_pair", none_left)
+    for x in (large, large, large, large, small, small):
+        assert torch.equal(graphs.run(block, (), [x, y], 1, work)[0], x * 2 + y)
+    assert asked == [large.shape, small.shape] and not graphs.off
+
+    def broken(self, streams):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(Graphs, "_pair", broken)
+    for _ in range(3):
+        graphs.run(block, (), [torch.randn(2, 4), y], 1, work)
+    assert graphs.off
