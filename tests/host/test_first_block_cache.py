@@ -50,10 +50,14 @@ class Counted:
         modulations = [block.img_mod.lin for block in network.double_blocks] + [block.modulation.lin for block in network.single_blocks]
         for i, modulation in enumerate(modulations):
             self.rows.append(0)
-            modulation.register_forward_hook(lambda module, given, made, i=i: self.count(i, given[0].shape[0]))
+            modulation.forward = self.counting(i, modulation.forward)
 
-    def count(self, i: int, rows: int) -> None:
-        self.rows[i] += rows
+    def counting(self, i: int, forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def counted(x: torch.Tensor, *more: object) -> torch.Tensor:
+            self.rows[i] += x.shape[0]
+            return forward(x, *more)
+
+        return counted
 
     def cached(self, threshold: float = HUGE, threshold_single: float = 0.0, **how: object):
         return cached(self.model, threshold, threshold_single=threshold_single, **how)
