@@ -179,16 +179,26 @@ class Graphs:
 
     def _record(self, block: nn.Module, inputs: Sequence[Tensor], results: int, work: Callable[..., tuple]) -> Recorded | None:
         """Records the block; None where all slots are taken, and None and never again where something in it cannot be recorded."""
-        graph, device = torch.cuda.CUDAGraph(), inputs[0].device
         try:
             pair = self._pair(inputs[:results])
-            if pair is None:
-                return None
-            source, target = pair
-            buffers, out = [*source.tensors, *self._carve(inputs[results:])], list(target.tensors)
-            if self._pool is None:
-                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=PRIORITIES["main"])
-            self._stream.wait_stream(torch.cuda.current_stream(device))
+            return None if pair is None else Recorded(self._capture(*pair, inputs[results:], work), *pair)
+        except Exception as error:
+            self.release()
+            if isinstance(error, torch.OutOfMemoryError):
+                self._most = nbytes(inputs[:results]) - 1
+            else:
+                self.off = True
+            log.info("Blocks are not recorded as CUDA graphs here (%s: %s).", type(error).__name__, str(error).splitlines()[0])
+            return None
+
+    def _capture(self, source: Slot, target: Slot, shared: Sequence[Tensor], work: Callable[..., tuple]) -> torch.cuda.CUDAGraph:
+        """The graph of work on what lies in source, its results in target."""
+        graph, device = torch.cuda.CUDAGraph(), source.tensors[0].device
+        buffers, out = [*source.tensors, *self._carve(shared)], list(target.tensors)
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device, priority=PRIORITIES["main"])
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        try:
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -198,18 +208,10 @@ class Graphs:
                 finally:
                     self._join_all()
                     graph.capture_end()
-        except Exception as error:
-            self.release()
-            if isinstance(error, torch.OutOfMemoryError):
-                self._most = nbytes(inputs[:results]) - 1
-            else:
-                self.off = True
-            log.info("Blocks are not recorded as CUDA graphs here (%s: %s).", type(error).__name__, str(error).splitlines()[0])
-            return None
         finally:
             release_workspaces()
         torch.cuda.current_stream(device).wait_stream(self._stream)
-        return Recorded(graph, source, target)
+        return graph
 
     def _join_all(self) -> None:
         """Joins side streams that an error left apart: torch's allocator never recovers from a recording that cannot be ended."""

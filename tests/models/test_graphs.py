@@ -14,7 +14,7 @@ import pytest
 import torch
 from tonfa.models import graphs as module
 from tonfa.models.blocks import addresses, recorded
-from tonfa.models.graphs import Graphs, Recorded
+from tonfa.models.graphs import Graphs
 from tonfa.models.lora import make_side
 
 from .test_flux import FILES, load
@@ -34,14 +34,10 @@ class Replayed:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    def record(self, block, inputs, results, work):
-        pair = self._pair(inputs[:results])
-        if pair is None:
-            return None
-        source, target = pair
-        return Recorded(Replayed(work, [*source.tensors, *self._carve(inputs[results:])], target.tensors), source, target)
+    def capture(self, source, target, shared, work):
+        return Replayed(work, [*source.tensors, *self._carve(shared)], target.tensors)
 
-    monkeypatch.setattr(Graphs, "_record", record)
+    monkeypatch.setattr(Graphs, "_capture", capture)
     monkeypatch.setattr(module, "room", lambda device, streams: True)
     return Graphs()
 
@@ -313,8 +309,6 @@ def test_memory_that_runs_out_while_a_block_is_recorded_is_no_reason_not_to_reco
     graphs, block, work, y = Graphs(), torch.nn.Identity(), Work(), torch.randn(4)
     small, large = torch.randn(3, 4), torch.randn(300, 4)
     monkeypatch.setattr(module, "room", lambda device, streams: True)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(module, "release_workspaces", lambda: None)
     asked = []
 
     def none_left(self, streams):
