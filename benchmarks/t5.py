@@ -1,15 +1,14 @@
 """The 4-bit linear of the T5 encoder at T5-XXL's shapes against torch.mm with a resident fp16 weight: time, ratio, error.
 
-    python benchmarks/t5.py [--json FILE] [--shapes 256:4096x4096,...] [--rounds 30] [--scratch MIB,...] [--cpu]
+    python benchmarks/t5.py [--json FILE] [--shapes 256:4096x4096,...] [--rounds 30] [--cpu]
 
     mm fp16         x fp16, weight fp16: what a 16-bit encoder would take at best
     host fp32       x fp32, the fp16 weight cast to fp32 before torch.mm: what ComfyUI's own T5 does (it runs in fp32 activations)
     t5 fp16, bf16, fp32   t5_linear with x of this type
     unpack          the weight unpacked to fp16, nothing multiplied; GB/s are the bytes read and written
 
-A shape is M:NxK. Contenders take turns call by call; a time is the median. --scratch tries other sizes of the unpacked piece. Errors are
-against the same codes in fp64. Exits 1 when a limit is missed: t5 at 256 and 512 tokens at most 1.3x of the host's own linear of the same
-activations (fp32), and, as a goal, of mm fp16.
+A shape is M:NxK. Contenders take turns call by call; a time is the median. Errors are against the same codes in fp64. Exits 1 when a limit
+is missed: t5 at 256 and 512 tokens at most 1.3x of the host's own linear of the same activations (fp32), and, as a goal, of mm fp16.
 """
 
 from __future__ import annotations
@@ -68,38 +67,31 @@ def contenders(s: Shape, view: T5View, x: dict[str, torch.Tensor], device: str) 
     }
     found |= {f"t5 {name}": lambda name=name: t5_linear(x[name], view) for name in TYPES}
     if triton_reason(device, needs_dot=False) is None:
-        from tonfa.kernels import t5_linear_triton as kernels
+        from tonfa.kernels.t5_linear_triton import operands
 
-        rows = kernels.chunk_rows(s.n, s.k, 2)
-        scratch = torch.empty(rows, s.k, dtype=torch.float16, device=device)
-
-        def unpack() -> None:
-            for start in range(0, s.n, rows):
-                kernels.unpack_rows(view, scratch, start, min(start + rows, s.n))
-
-        found["unpack"] = unpack
+        found["unpack"] = lambda: operands(x["fp16"], view)
     return found
 
 
-def measure(s: Shape, rounds: int, device: str, report: Report, label: str = "") -> None:
-    print(f"\n{s}{label}")
+def measure(s: Shape, rounds: int, device: str, report: Report) -> None:
+    print(f"\n{s}")
     view = random_view(s, device)
     wide = torch.randn(s.m, s.k, generator=torch.Generator(device).manual_seed(s.m), device=device)
     x = {name: wide.to(dtype) for name, dtype in TYPES.items()}
     work = contenders(s, view, x, device)
     for name in TYPES:
-        report.check(f"{s}{label} t5 {name}: error", error_of(work[f"t5 {name}"](), x[name], view), ERROR_LIMIT[name])
+        report.check(f"{s} t5 {name}: error", error_of(work[f"t5 {name}"](), x[name], view), ERROR_LIMIT[name])
     times = round_robin_us(work, rounds)
     moved = s.n * s.k * 2.5 + s.n * s.k // 128 * 4
     print(f"  {'what':12} {'us':>9} {'x mm fp16':>10} {'GB/s':>7}")
     for name, us in times.items():
-        report.rows.append({"shape": str(s) + label, "what": name, "us": us, "of_mm_fp16": us / times["mm fp16"]})
+        report.rows.append({"shape": str(s), "what": name, "us": us, "of_mm_fp16": us / times["mm fp16"]})
         print(
             f"  {name:12} {us:9.1f} {us / times['mm fp16']:10.2f} " + (f"{moved / us * 1e-3:7.0f}" if name == "unpack" else ""), flush=True
         )
     if s.m in (256, 512):
-        report.check(f"{s}{label} t5 fp32, x host fp32", times["t5 fp32"] / times["host fp32"], 1.3)
-        report.check(f"{s}{label} t5 fp16, x mm fp16", times["t5 fp16"] / times["mm fp16"], 1.3)
+        report.check(f"{s} t5 fp32, x host fp32", times["t5 fp32"] / times["host fp32"], 1.3)
+        report.check(f"{s} t5 fp16, x mm fp16", times["t5 fp16"] / times["mm fp16"], 1.3)
 
 
 def main() -> int:
@@ -107,7 +99,6 @@ def main() -> int:
     parser.add_argument("--json", help="also write rows and limits to this file")
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--scratch", help="MiB of weight unpacked at a time, several by commas (default: the kernels' own)")
     parser.add_argument("--cpu", action="store_true", help="try this script out without a GPU")
     o = parser.parse_args()
     device = need_gpu(o.cpu)
@@ -117,13 +108,8 @@ def main() -> int:
         return 2
     report = Report(heading(), o.json)
     with torch.inference_mode():
-        for mib in o.scratch.split(",") if o.scratch else [""]:
-            if mib:
-                from tonfa.kernels import t5_linear_triton
-
-                t5_linear_triton.SCRATCH = int(mib) << 20
-            for text in o.shapes.split(","):
-                measure(Shape.parse(text), o.rounds, device, report, f", scratch {mib} MiB" if mib else "")
+        for text in o.shapes.split(","):
+            measure(Shape.parse(text), o.rounds, device, report)
     print()
     return report.close()
 

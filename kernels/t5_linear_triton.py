@@ -2,11 +2,11 @@
 
 Up to FEW tokens: products are summed in fp32 where they arise; every packed byte is read once for up to four tokens.
 
-More tokens: the weight is unpacked to 16 bits, as many rows at a time as fill SCRATCH bytes (which stay in L2, and the same ones are used
-again), and torch multiplies it. Its type is x's. The host gives T5 fp32 activations, which fp16 would overflow and bf16 would shorten to 8
-bits; so every row of x gets a power of two that brings its maximum to 2^14..2^15 and becomes fp16 (11 bits for everything down to 2^-28 of
-the maximum), is multiplied by an fp16 weight into fp32, and gets its power back. Where torch cannot multiply fp16 into fp32 (before 2.8,
-and not on CUDA) weight and product are fp32.
+More tokens: the weight is unpacked to 16 bits and torch multiplies it, three launches a linear: unpacked in pieces that stay in L2 it would
+be less work for the GPU, but an encoding waits for the CPU. Its type is x's. The host gives T5 fp32 activations, which fp16 would overflow
+and bf16 would shorten to 8 bits; so every row of x gets a power of two that brings its maximum to 2^14..2^15 and becomes fp16 (11 bits for
+everything down to 2^-28 of the maximum), is multiplied by an fp16 weight into fp32, and gets its power back. Where torch cannot multiply
+fp16 into fp32 (before 2.8, and not on CUDA) weight and product are fp32.
 
 What rounding costs beside 4 bits (Gaussian weights, 4096 inputs, error of y 1.0e-1 by the codes themselves): fp16 weight and fp32 x as
 above differ from the same codes in fp32 by 2.8e-4 and raise that error by less than 3e-5 of itself, bf16 weight and x by 2.4e-3 and less
@@ -27,17 +27,16 @@ from .rounding import has_pairs, storable
 from .t5_layout import GROUP, T5View
 from .targets import interpreting, launch_device, target_for
 from .tiles import linear_tile
+from .w4a16_linear_triton import above_16
 
 FEW = 8  # tokens
-SCRATCH = 16 << 20  # bytes of weight unpacked at a time
 SLICES = 16  # slices of 128 weights that four warps unpack together: 8 bytes of codes a thread, which become two stores of 16 bytes
-STEPS = 2  # times that a program does so, its loads in flight together
 
 
 @triton.jit
-def _weights(bits, scale, zero):
-    """fp32 code * scale + zero, bits = code << 19: the top of the mantissa of 16 + code, because conversions of integers are slow."""
-    return ((bits | 0x41800000).to(tl.float32, bitcast=True) - 16.0) * scale + zero
+def _weights(packed, HALF: tl.constexpr, scale, zero, PTX: tl.constexpr):
+    """fp32 code * scale + zero of the low (HALF 0) or high nibbles of uint8 bytes."""
+    return (above_16(packed, HALF, PTX) - 16.0) * scale + zero
 
 
 @triton.jit
@@ -53,33 +52,20 @@ def _stored(x, DTYPE: tl.constexpr, PAIRS: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _unpack_slices(packed, at, scales, zeros, out, slices, first, live, PAIRS: tl.constexpr, EMULATE: tl.constexpr):
-    """packed uint8 [S, 64]: the codes of slices [S] (counted from row `first / G` on); their 128 weights each go to `out`."""
-    scale = tl.load(scales + first + slices, mask=live, other=0.0).to(tl.float32)[:, None]
-    zero = tl.load(zeros + first + slices, mask=live, other=0.0).to(tl.float32)[:, None]
-    codes = packed.to(tl.int32)
-    low = _weights((codes & 15) << 19, scale, zero)
-    high = _weights((codes & 240) << 15, scale, zero)
+def _unpack_slices(packed, at, scales, zeros, out, slices, live, PAIRS: tl.constexpr, EMULATE: tl.constexpr):
+    """packed uint8 [S, 64]: the codes of slices [S]; their 128 weights each go to `out`."""
+    scale = tl.load(scales + slices, mask=live, other=0.0).to(tl.float32)[:, None]
+    zero = tl.load(zeros + slices, mask=live, other=0.0).to(tl.float32)[:, None]
+    low = _weights(packed, 0, scale, zero, PAIRS)
+    high = _weights(packed, 1, scale, zero, PAIRS)
     tl.store(out + at, _stored(low, out.dtype.element_ty, PAIRS, EMULATE), mask=live[:, None])
     tl.store(out + at + 64, _stored(high, out.dtype.element_ty, PAIRS, EMULATE), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["total"])
-def _unpack(codes, scales, zeros, out, first, total, S: tl.constexpr, PAIRS: tl.constexpr, EMULATE: tl.constexpr):
-    """out: the weights of `total` slices of 128, from slice `first` of the linear on. Slices lie one behind another, rows do not matter."""
-    j = tl.arange(0, 64)[None, :]
-    a = tl.program_id(0) * (2 * S) + tl.arange(0, S)
-    b = a + S
-    a_codes = tl.load(codes + (first + a)[:, None] * 64 + j, mask=(a < total)[:, None], other=0)
-    b_codes = tl.load(codes + (first + b)[:, None] * 64 + j, mask=(b < total)[:, None], other=0)
-    _unpack_slices(a_codes, a[:, None] * 128 + j, scales, zeros, out, a, first, a < total, PAIRS, EMULATE)
-    _unpack_slices(b_codes, b[:, None] * 128 + j, scales, zeros, out, b, first, b < total, PAIRS, EMULATE)
-
-
 @triton.jit
-def _to_half(x, out, unit, K, x_row, x_col, BK: tl.constexpr):
-    """out fp16 [M, K] = x / unit, unit fp32 [M]: powers of two, at least 2^-100, that bring each row's maximum to 2^14..2^15."""
-    row = tl.program_id(0).to(tl.int64)
+def _half_row(x, half, unit, row, K, x_row, x_col, BK: tl.constexpr):
+    """A row of half = x / unit: powers of two, at least 2^-100, that bring each row's maximum to 2^14..2^15."""
+    row = row.to(tl.int64)
     j = tl.arange(0, BK)
     largest = tl.zeros((BK,), tl.float32)
     for k in range(0, K, BK):
@@ -89,13 +75,34 @@ def _to_half(x, out, unit, K, x_row, x_col, BK: tl.constexpr):
     tl.store(unit + row, (exponent << 23).to(tl.float32, bitcast=True))
     for k in range(0, K, BK):
         v = tl.load(x + row * x_row + (k + j) * x_col, mask=k + j < K, other=0.0)
-        tl.store(out + row * K + k + j, (v * inverse).to(tl.float16), mask=k + j < K)
+        tl.store(half + row * K + k + j, (v * inverse).to(tl.float16), mask=k + j < K)
+
+
+@triton.jit(do_not_specialize=["M", "total"])
+def _operands(
+    x, half, unit, codes, scales, zeros, weight, M, K, total, x_row, x_col,
+    BK: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The first M programs make a row of half [M, K] and unit [M] each, the others all `total` slices of the weight, 2 * S each.
+
+    Slices lie one behind another, rows do not matter.
+    """
+    if tl.program_id(0) < M:
+        _half_row(x, half, unit, tl.program_id(0), K, x_row, x_col, BK)
+    else:
+        j = tl.arange(0, 64)[None, :]
+        a = (tl.program_id(0) - M) * (2 * S) + tl.arange(0, S)
+        b = a + S
+        a_codes = tl.load(codes + a[:, None] * 64 + j, mask=(a < total)[:, None], other=0)
+        b_codes = tl.load(codes + b[:, None] * 64 + j, mask=(b < total)[:, None], other=0)
+        _unpack_slices(a_codes, a[:, None] * 128 + j, scales, zeros, weight, a, a < total, PAIRS, EMULATE)
+        _unpack_slices(b_codes, b[:, None] * 128 + j, scales, zeros, weight, b, b < total, PAIRS, EMULATE)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _few_tokens(
     x, codes, scales, zeros, bias, out, M, N, K, x_row, x_col,
-    HAS_BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, EMULATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of BM tokens. A step takes S slices of 128 of K, whose loads are in flight together; S divides K / 128."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -106,44 +113,43 @@ def _few_tokens(
     for first in range(0, K // 128, S):
         for s in tl.static_range(S):
             slices = n * (K // 128) + first + s
-            packed = tl.load(codes + slices[:, None] * 64 + j[None, :]).to(tl.int32)
+            packed = tl.load(codes + slices[:, None] * 64 + j[None, :])
             scale = tl.load(scales + slices).to(tl.float32)[:, None]
             zero = tl.load(zeros + slices).to(tl.float32)[:, None]
             for half in tl.static_range(2):
-                bits = (packed & 15) << 19 if half == 0 else (packed & 240) << 15
                 cols = (first + s) * 128 + half * 64 + j
                 v = tl.load(x + row_at + cols[None, :] * x_col, mask=(rows < M)[:, None], other=0.0).to(tl.float32)
-                acc += _weights(bits, scale, zero)[None, :, :] * v[:, None, :]
+                acc += _weights(packed, half, scale, zero, PAIRS)[None, :, :] * v[:, None, :]
     y = tl.sum(acc, axis=2)
     if HAS_BIAS:
         y += tl.load(bias + n).to(tl.float32)[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * N + n[None, :], storable(y, out.dtype.element_ty, EMULATE), mask=(rows < M)[:, None])
 
 
-def unpack_rows(view: T5View, scratch: Tensor, start: int, end: int) -> Tensor:
-    """[end - start, K]: the weight of some outputs in scratch's type, written to the front of scratch [rows, K] (contiguous)."""
-    groups = view.spec.k // GROUP
-    total = (end - start) * groups
-    with launch_device(scratch.device):
-        _unpack[(triton.cdiv(total, STEPS * SLICES),)](
-            view.codes, view.scales, view.zeros, scratch, start * groups, total,
-            S=SLICES, PAIRS=has_pairs(target_for(scratch.device)), EMULATE=interpreting(), num_warps=4,
-        )  # fmt: skip
-    return scratch[: end - start]
+def _pairs(device: torch.device) -> bool:
+    return has_pairs(target_for(device)) and not interpreting()
 
 
-def to_half(x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 x [M, K] -> (fp16 [M, K], unit fp32 [M, 1]): x is about their product; units are powers of two."""
-    rows, k = x.shape
-    half = torch.empty(rows, k, dtype=torch.float16, device=x.device)
-    unit = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+def operands(x: Tensor, view: T5View) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x [M, K], weight [N, K], unit fp32 [M, 1]): both of x's type and no unit, or both fp16, where the product counts in units."""
+    spec, rows = view.spec, x.shape[0]
+    short = x.dtype == torch.float32 and has_wide_product(x.device)
+    weight = torch.empty(spec.n, spec.k, dtype=torch.float16 if short else x.dtype, device=x.device)
+    half, unit, total = x, x, spec.n * (spec.k // GROUP)
+    if short:
+        half = torch.empty(rows, spec.k, dtype=torch.float16, device=x.device)
+        unit = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    first = rows if short else 0
     with launch_device(x.device):
-        _to_half[(rows,)](x, half, unit, k, x.stride(0), x.stride(1), BK=2048, num_warps=8)
-    return half, unit
+        _operands[(first + triton.cdiv(total, 2 * SLICES),)](
+            x, half, unit, view.codes, view.scales, view.zeros, weight, first, spec.k, total, x.stride(0), x.stride(1),
+            BK=2048, S=SLICES, PAIRS=_pairs(x.device), EMULATE=interpreting(), num_warps=4,
+        )  # fmt: skip
+    return half, weight, unit if short else None
 
 
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """fp16 x [M, K], fp16 weight [rows, K] -> fp32 [M, rows]."""
+    """fp16 x [M, K], fp16 weight [N, K] -> fp32 [M, N]."""
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
@@ -159,42 +165,25 @@ def has_wide_product(device: torch.device) -> bool:
         return False
 
 
-def chunk_rows(n: int, k: int, itemsize: int) -> int:
-    """Rows that are unpacked at a time: chunks of about the same size, multiples of 128 rows, of at most SCRATCH bytes (or 128 rows)."""
-    most = max(SCRATCH // (k * itemsize) // 128, 1) * 128
-    return min(n, -(-n // -(-n // most) // 128) * 128)
-
-
-def _many_tokens(x: Tensor, view: T5View, out: Tensor) -> None:
-    """Writes x @ W^T to out."""
-    n, k = view.spec.n, view.spec.k
-    unit = None
-    if x.dtype == torch.float32 and has_wide_product(x.device):
-        x, unit = to_half(x)
-    rows = chunk_rows(n, k, x.element_size())
-    scratch = torch.empty(rows, k, dtype=x.dtype, device=x.device)
-    for start in range(0, n, rows):
-        end = min(start + rows, n)
-        weight = unpack_rows(view, scratch, start, end)
-        if unit is None:
-            torch.mm(x, weight.t(), out=out[:, start:end])
-        else:
-            torch.mul(wide_product(x, weight), unit, out=out[:, start:end])
+def _many_tokens(x: Tensor, view: T5View) -> Tensor:
+    """x @ W^T."""
+    x, weight, unit = operands(x, view)
+    return torch.mm(x, weight.t()) if unit is None else wide_product(x, weight).mul_(unit)
 
 
 def t5_linear_triton(x: Tensor, view: T5View, bias: Tensor | None = None) -> Tensor:
     """Same arguments and result as t5_linear_torch. Operands must have been checked."""
     (rows, k), n = x.shape, view.spec.n
-    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     if rows > FEW:
-        _many_tokens(x, view, out)
-        return out if bias is None else out.add_(bias)
+        y = _many_tokens(x, view)
+        return y if bias is None else y.add_(bias)
+    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     if rows:
         tile = linear_tile(target_for(x.device), rows)
         with launch_device(x.device):
             _few_tokens[(n // tile.bn, triton.cdiv(rows, tile.bm))](
                 x, view.codes, view.scales, view.zeros, out if bias is None else bias.contiguous(), out, rows, n, k,
                 x.stride(0), x.stride(1), HAS_BIAS=bias is not None, BN=tile.bn, BM=tile.bm, S=math.gcd(tile.bk, k) // 128,
-                EMULATE=interpreting(), num_warps=tile.warps, num_stages=tile.stages,
+                PAIRS=_pairs(x.device), EMULATE=interpreting(), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out

@@ -41,7 +41,7 @@ _LOW, _HIGH = tl.constexpr(_ASM.format(shift="shl.b32", by=3)), tl.constexpr(_AS
 
 
 @triton.jit
-def _above_16(packed, HALF: tl.constexpr, PTX: tl.constexpr):
+def above_16(packed, HALF: tl.constexpr, PTX: tl.constexpr):
     """fp32 16 + code of one half of uint8 bytes."""
     if PTX:
         ASM: tl.constexpr = _LOW if HALF == 0 else _HIGH
@@ -93,7 +93,7 @@ def _w4a16_linear(
             col = k + 64 * half + cols
             v = tl.load(x + row * x_row + col * x_col, mask=col < K, other=0.0).to(tl.float32)
             sums = tl.sum(tl.reshape(v, (S, 64 // RUN, RUN)), axis=2)[None, :, :]
-            products = tl.reshape(_above_16(packed, half, PTX) * v[None, :, :], (BN, S, 64 // RUN, RUN))
+            products = tl.reshape(above_16(packed, half, PTX) * v[None, :, :], (BN, S, 64 // RUN, RUN))
             acc += scale * tl.sum(products, axis=3) + (zero - 16.0 * scale) * sums
     y = tl.sum(tl.sum(acc, axis=2), axis=1)
     if XB > 0:

@@ -100,10 +100,20 @@ class PackedLeaf(Leaf):
         self.out_features, self.in_features = spec.out_features, spec.in_features
         self.weight, self.bias = parameter(weight), parameter(bias)
         self._side: Side | None = None
+        self._views: tuple[int, object] | None = None  # address of the weight they look at
 
     def set_side(self, side: Side | None) -> None:
         """Replaces what lies beside the 4-bit weight; None removes it."""
         self._side = side
+        self._views = None
+
+    def put(self, name: str, tensor: nn.Parameter) -> None:
+        super().put(name, tensor)
+        self._views = None
+
+    def set_streamer(self, streamer: Streamer | None) -> None:
+        super().set_streamer(streamer)
+        self._views = None
 
     @property
     def has_side(self) -> bool:
@@ -111,6 +121,26 @@ class PackedLeaf(Leaf):
 
     def side_tensors(self) -> list[Tensor]:
         return [] if self._side is None else self._side.tensors()
+
+    def make_views(self, blob: Tensor) -> object:
+        """What the kernels are given of a weight, windows on its bytes."""
+        raise NotImplementedError
+
+    def views(self, blob: Tensor) -> object:
+        """make_views: kept for a weight that has its place, since making them costs more than a launch; made for a host's copy."""
+        if blob is not (self.weight if self.streamer is None else self.streamer.tensors(self)["weight"]):
+            return self.make_views(blob)
+        kept, at = self._views, blob.data_ptr()
+        if kept is None or kept[0] != at:
+            kept = self._views = (at, self.make_views(blob))
+        return kept[1]
+
+    def _apply(self, *args: object, **kwargs: object) -> PackedLeaf:
+        self._views = None  # they would keep alive the memory that the weight moves away from
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_views": None}  # a copy has its own weight
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
         """The host's hook for reading a packed weight: bytes, perhaps cast to fp32 (which is exact) -> dense fp32 [N, K]."""
@@ -207,19 +237,6 @@ class PackedLinear(PackedLeaf):
         self.handle = spec_handle(spec)
         self.is_modulation = spec.parts[0].precision == "w4a16"
         self._fits_fp16: bool | None = None
-        self._views: tuple[int, list[layout.PartView]] | None = None  # address of the weight they look at
-
-    def set_side(self, side: Side | None) -> None:
-        super().set_side(side)
-        self._views = None
-
-    def put(self, name: str, tensor: nn.Parameter) -> None:
-        super().put(name, tensor)
-        self._views = None
-
-    def set_streamer(self, streamer: Streamer | None) -> None:
-        super().set_streamer(streamer)
-        self._views = None
 
     def fuses_side(self, compute: str) -> bool:
         """Whether the kernels take all of the side: columns they do, but torch's product with the dense weight does not."""
@@ -230,7 +247,7 @@ class PackedLinear(PackedLeaf):
         if compute not in ("exact", "fast") or self.is_modulation or not self.fuses_side(compute) or "forward" in self.__dict__:
             return None
         held = self.runtime.held(self, self.home)
-        return None if held is None else [unpack_for(part, compute, rows, dtype) for part in self._parts(held["weight"])]
+        return None if held is None else [unpack_for(part, compute, rows, dtype) for part in self.views(held["weight"])]
 
     # -- forward ----------------------------------------------------------------------------------------------------------------
 
@@ -247,7 +264,7 @@ class PackedLinear(PackedLeaf):
         if not alone or torch.compiler.is_compiling():
             return self.forward(x)[..., rows.start : rows.stop]
         with self.runtime.acquire(self, x.device) as (blob, bias):
-            y = w4a16_linear(x.reshape(x.shape[:-1].numel(), self.in_features), self._parts(blob)[0], bias, rows)
+            y = w4a16_linear(x.reshape(x.shape[:-1].numel(), self.in_features), self.views(blob)[0], bias, rows)
         return y.view(*x.shape[:-1], len(rows))
 
     def run(
@@ -312,30 +329,15 @@ class PackedLinear(PackedLeaf):
         half = (x if isinstance(x, Tensor) else x[0]).dtype == torch.float16
         if half and compute == "weight_only" and self._fits_fp16 is None and not self.is_modulation:
             self._fits_fp16 = fits_fp16(self.spec, blob)  # asked for here only, so that loading does not wait for it
-        return packed_linear(self.spec, self._parts(blob), x, bias, compute, norm, ending, out, self._fits_fp16, peak, weights)
+        return packed_linear(self.spec, self.views(blob), x, bias, compute, norm, ending, out, self._fits_fp16, peak, weights)
 
-    def _parts(self, blob: Tensor) -> list[layout.PartView]:
-        """Views of the parts: kept for a weight that has its place, since making them costs more than a launch; made for a host's copy."""
-        if blob is not (self.weight if self.streamer is None else self.streamer.tensors(self)["weight"]):
-            return self._with_columns(layout.views(self.spec, blob))
-        kept, at = self._views, blob.data_ptr()
-        if kept is None or kept[0] != at:
-            kept = self._views = (at, self._with_columns(layout.views(self.spec, blob)))
-        return kept[1]
-
-    def _with_columns(self, parts: list[layout.PartView]) -> list[layout.PartView]:
-        """The parts, with the side's columns where the kernels take all of it."""
+    def make_views(self, blob: Tensor) -> list[layout.PartView]:
+        """Views of the parts, with the side's columns where the kernels take all of it."""
+        parts = layout.views(self.spec, blob)
         if self._side is not None and self._side.delta is None:
             for part, columns in zip(parts, self._side.to(parts[0].codes.device).columns, strict=True):
                 part.extra = columns
         return parts
-
-    def _apply(self, *args: object, **kwargs: object) -> PackedLinear:
-        self._views = None  # they would keep alive the memory that the weight moves away from
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_views": None}  # a copy has its own weight
 
     # -- dense forms ------------------------------------------------------------------------------------------------------------
 
@@ -437,7 +439,7 @@ def peak_between(first: Linear, second: Linear, gelu_from: int, rows: int, compu
     held = second.runtime.held(second, device)
     if held is None:
         return None
-    last = second._parts(held["weight"])[-1]
+    last = second.views(held["weight"])[-1]
     makers = [p for p in first.spec.parts if p.row_offset + p.n > gelu_from]
     outputs = first.spec.out_features // 2 if first.spec.parts[0].paired else first.spec.out_features
     if len(makers) != 1 or outputs - gelu_from != last.spec.k or not finds_peak(makers[0], device, compute, rows):

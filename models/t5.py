@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from ..kernels.t5_layout import T5Spec, pack, read_spec, views
+from ..kernels.t5_layout import T5Spec, T5View, pack, read_spec, views
 from ..kernels.t5_linear import t5_linear
 from ..kernels.t5_linear_torch import t5_weight
 from .formats.awq import AwqT5
@@ -30,10 +30,13 @@ class PackedT5Linear(PackedLeaf):
     def __init__(self, weight: Tensor, runtime: Runtime):
         super().__init__(read_spec(weight), weight, None, runtime)
 
+    def make_views(self, blob: Tensor) -> T5View:
+        return views(self.spec, blob)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's type (fp16, bf16 or fp32)."""
         with self.runtime.acquire(self, x.device) as (blob, _):
-            y = t5_linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), views(self.spec, blob)).view(*x.shape[:-1], self.out_features)
+            y = t5_linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), self.views(blob)).view(*x.shape[:-1], self.out_features)
         return y if self._side is None else self._side.add(self.spec, y, x)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:

@@ -17,30 +17,34 @@ TARGETS |= {"sm_75": cuda_target(75), "gfx942": hip_target("gfx942")}
 
 
 def unpack_variant(target: Target, dtype: torch.dtype) -> Variant:
-    types = {"codes": "*u8", "scales": "*fp16", "zeros": "*fp16", "out": POINTERS[dtype], "first": "i32", "total": "i32"}
-    constants = {"S": t5.SLICES, "PAIRS": has_pairs(target), "EMULATE": False}
+    types = {"x": "*fp32", "half": "*fp16", "unit": "*fp32", "codes": "*u8", "scales": "*fp16", "zeros": "*fp16", "weight": POINTERS[dtype]}
+    types |= dict.fromkeys(("M", "K", "total", "x_row", "x_col"), "i32")
+    constants = {"x_col": 1, "BK": 2048, "S": t5.SLICES, "PAIRS": has_pairs(target), "EMULATE": False}
     short = has_pairs(target) and dtype != torch.float32
     wanted = (r"st\.global\S*\.v4\.b32", r"cvt\.rn\.\S*x2\.f32") if short else ()
-    return Variant(f"unpack to {dtype}", t5._unpack, types, constants, 4, 3, wanted)
+    return Variant(f"operands, {dtype}", t5._operands, types, constants, 4, 3, wanted)
 
 
 def few_variant(target: Target, dtype: torch.dtype, rows: int) -> Variant:
     tile = linear_tile(target, rows)
     types = dict.fromkeys(t5._few_tokens.arg_names, "i32") | {"x": POINTERS[dtype], "out": POINTERS[dtype], "bias": POINTERS[dtype]}
     types |= {"codes": "*u8", "scales": "*fp16", "zeros": "*fp16"}
-    constants = {"x_col": 1, "HAS_BIAS": False, "BN": tile.bn, "BM": tile.bm, "S": tile.bk // 128, "EMULATE": False}
+    constants = {
+        "x_col": 1,
+        "HAS_BIAS": False,
+        "BN": tile.bn,
+        "BM": tile.bm,
+        "S": tile.bk // 128,
+        "PAIRS": has_pairs(target),
+        "EMULATE": False,
+    }
     return Variant(f"few tokens, M={rows}", t5._few_tokens, types, constants, tile.warps, tile.stages, ())
-
-
-def half_variant() -> Variant:
-    types = {"x": "*fp32", "out": "*fp16", "unit": "*fp32", "K": "i32", "x_row": "i32", "x_col": "i32"}
-    return Variant("to half", t5._to_half, types, {"x_col": 1, "BK": 2048}, 8, 3, ())
 
 
 def variants(target: Target) -> list[Variant]:
     unpacks = [unpack_variant(target, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)]
     few = [few_variant(target, dtype, rows) for dtype, rows in ((torch.float32, 1), (torch.float16, 2), (torch.bfloat16, 8))]
-    return [*unpacks, *few, half_variant()]
+    return [*unpacks, *few]
 
 
 if __name__ == "__main__":

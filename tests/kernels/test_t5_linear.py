@@ -131,28 +131,20 @@ def test_kernels_oracle_and_formula_agree(kernels, rows, n, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_unpacked_rows_are_the_oracles_bits(kernels, dtype):
-    layer = random_linear(148, 384)
-    view, scratch = viewed(layer), torch.full((148, 384), float("nan"), dtype=dtype)
-    assert torch.equal(kernels.unpack_rows(view, scratch, 0, 148), t5_weight(view, 0, 148, dtype))
-    scratch.fill_(7)
-    assert torch.equal(kernels.unpack_rows(view, scratch, 44, 48), t5_weight(view, 44, 48, dtype))
-    assert (scratch[4:] == 7).all()
+def test_the_unpacked_weight_is_the_oracles_bits(kernels, dtype):
+    view, x = viewed(random_linear(148, 384)), torch.randn(12, 384).to(dtype)
+    same, weight, unit = kernels.operands(x, view)
+    assert same is x and unit is None and torch.equal(weight, t5_weight(view, 0, 148, dtype))
 
 
-def test_chunks_share_one_scratch(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "SCRATCH", 128 * 256 * 2)
-    assert kernels.chunk_rows(260, 256, 2) == 128
-    layer, x = random_linear(260, 256), torch.randn(20, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert relative(t5_linear(x, viewed(layer)), x.double() @ dense(layer).t()) < 4e-3
-
-
-@pytest.mark.parametrize(
-    ("n", "k", "rows"), [(4096, 4096, 2048), (10240, 4096, 2048), (4096, 10240, 768), (10240, 65536, 128), (36, 128, 36)]
-)
-def test_chunks_are_even_and_within_the_scratch(kernels, n, k, rows):
-    assert kernels.chunk_rows(n, k, 2) == rows
-    assert rows * k * 2 <= max(kernels.SCRATCH, 128 * k * 2)
+def test_one_launch_halves_x_and_unpacks_the_weight(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "has_wide_product", lambda device: True)
+    view, x = viewed(random_linear(148, 384)), torch.randn(12, 384, generator=torch.Generator().manual_seed(0))
+    half, weight, unit = kernels.operands(x, view)
+    assert half.dtype == weight.dtype == torch.float16 and torch.equal(weight, t5_weight(view, 0, 148, torch.float16))
+    largest = half.float().abs().amax(1)
+    assert ((largest >= 2**14) & (largest <= 2**15)).all() and torch.equal(torch.log2(unit), torch.log2(unit).round())
+    torch.testing.assert_close(half.float() * unit, x, rtol=2**-11, atol=0)
 
 
 @pytest.mark.parametrize("largest", [1.0, 3e5, 1e30, 1e-20, 1e-30])
@@ -201,16 +193,19 @@ def test_rounding_the_weight_costs_little_beside_the_codes():
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: pip install triton==3.6.0")
 def test_kernels_compile_well(tmp_path):
-    """For GPUs that are not here: no spills, shared memory that fits, and 16-bit weights that leave in stores of 16 bytes."""
+    """For GPUs that are not here: no spills, shared memory that fits, and 16-bit weights that leave in stores of 16 bytes.
+
+    A row's maximum goes from warp to warp through 16 bytes of shared memory, codes through none.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     names = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_120", "gfx942")
     script = Path(__file__).with_name("t5_compile_targets.py")
     done = subprocess.run([sys.executable, str(script), *names], env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == 7 * len(names)
+    assert len(rows) == 6 * len(names)
     for row in rows:
         label = f"{row['target']} {row['kernel']}"
         assert row["error"] is None, f"{label}: {row['error']}"
         assert row["missing"] == [] and row["spilled"] == 0 and row["shared"] <= row["limit"], f"{label}: {row}"
-        assert row["shared"] == 0 or "unpack" not in label or "float32" in label, f"{label}: codes change hands through shared memory"
+        assert row["shared"] <= 16 or "operands" not in label or "float32" in label, f"{label}: codes change hands through shared memory"

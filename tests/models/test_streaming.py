@@ -132,14 +132,14 @@ def test_views_of_a_streamed_weight_are_made_once_and_end_with_the_streaming():
     model = load(FILES[0])
     blocks = [*model.double_blocks, *model.single_blocks]
     leaf = blocks[0].img_attn.qkv
-    own = leaf._parts(leaf.weight)
+    own = leaf.views(leaf.weight)
     streamer = Streamer(blocks, CPU)
     blob = streamer.tensors(leaf)["weight"]
-    views = leaf._parts(blob)
-    assert views is leaf._parts(blob) and views is not own and views[0].codes.data_ptr() != own[0].codes.data_ptr()
-    assert leaf._parts(leaf.weight) is not leaf._parts(leaf.weight)  # what is not streamed from there has no place
+    views = leaf.views(blob)
+    assert views is leaf.views(blob) and views is not own and views[0].codes.data_ptr() != own[0].codes.data_ptr()
+    assert leaf.views(leaf.weight) is not leaf.views(leaf.weight)  # what is not streamed from there has no place
     streamer.stop()
-    assert leaf._views is None and leaf._parts(leaf.weight) is leaf._parts(leaf.weight)
+    assert leaf._views is None and leaf.views(leaf.weight) is leaf.views(leaf.weight)
 
 
 def test_a_block_that_is_asked_for_stays_while_the_next_is_fetched(equal, two):
