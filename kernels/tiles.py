@@ -103,25 +103,32 @@ def wide_tile(target: Target, kind: str) -> Tile:
 
 
 _LAST_ROWS = Tile(128, 128, 64, 8, 3)  # half of Hopper's "16 bit" tile
+# Hopper's "row" for many inputs: one program a multiprocessor hides no ending, but a product reads a quarter less, and the board's power is
+# what bounds it.
+_LONG_ROW, LONG_K = Tile(128, 256, 128, 8, 4, pieces=4), 8192
 ALL_TILES: ContextVar[bool] = ContextVar("ALL_TILES", default=False)  # set while kernels are compiled ahead: take every tile there is
 
 
-def wide_bands(target: Target, kind: str, rows: int, n: int) -> list[tuple[int, int, Tile]]:
-    """Bands (first row, end, tile) that share out the rows of a product with n outputs.
+def wide_bands(target: Target, kind: str, rows: int, n: int, k: int) -> list[tuple[int, int, Tile]]:
+    """Bands (first row, end, tile) that share out the rows of a product with n outputs of k inputs.
 
     Large tiles leave most of the machine idle in their last round when only a few are left (FLUX's 3072 outputs: 432 tiles on 132
     multiprocessors); then the last rows are made in tiles of half the size.
     """
-    tile = wide_tile(target, kind)
+    tile, smaller = wide_tile(target, kind), _LAST_ROWS
+    if kind == "row" and k > LONG_K and _family(target) == "hopper":
+        tile, smaller = _LONG_ROW, tile
     if ALL_TILES.get() and tile.bm == 256 < rows:
-        return [(0, 256, tile), (256, rows, _LAST_ROWS)]
+        return [(0, 256, tile), (256, rows, smaller)]
     across = -(-n // tile.bn)
     tiles = across * -(-rows // tile.bm)
     rounds, left = divmod(tiles, max(target.multiprocessors, 1))
+    if rounds == 0 and tile is _LONG_ROW:  # few tokens
+        tile = smaller
     whole = rounds * target.multiprocessors // across * tile.bm  # rows that full rounds make
     if tile.bm < 256 or not 1 <= rounds <= 8 or left == 0 or left > target.multiprocessors // 2 or not 0 < whole < rows:
         return [(0, rows, tile)]
-    return [(0, whole, tile), (whole, rows, _LAST_ROWS)]
+    return [(0, whole, tile), (whole, rows, smaller)]
 
 
 def linear_tile(target: Target, rows: int) -> Tile:

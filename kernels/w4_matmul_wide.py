@@ -275,9 +275,9 @@ def joins(target: Target, fetch: str, extra_fetch: str, block: int, extra_block:
     return target.name == "sm_90" and "steps" not in (fetch, extra_fetch) and block == extra_block
 
 
-def most_registers(target: Target, kind: str, further: int) -> int | None:
+def most_registers(target: Target, kind: str, further: int, tile: Tile) -> int | None:
     """A thread's registers for two programs a multiprocessor, where the compiler would take a few more."""
-    return 128 if target.name == "sm_90" and kind == "row" and further else None
+    return 128 if target.name == "sm_90" and kind == "row" and further and tile.bm == 128 else None
 
 
 def w4_matmul_wide(
@@ -308,7 +308,7 @@ def w4_matmul_wide(
     switches = launch_switches(part, rank, shift, bias, finish)
     sizes = launch_sizes(q, part, out, finish)[1:]
     with launch_device(out.device):
-        for start, stop, tile in wide_bands(target, kind, rows, spec.n_padded):
+        for start, stop, tile in wide_bands(target, kind, rows, spec.n_padded, spec.k_padded):
             operands = _sources(weight.values, x, tile, tile.bk, target)
             described = target if rank and fetch == "steps" else None
             further_described = target if further and extra_fetch == "steps" else None
@@ -326,6 +326,6 @@ def w4_matmul_wide(
                 BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
                 PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target) and not interpreting(),
                 COPY_ENGINE=target.copy_engine,
-                **switches, num_warps=tile.warps, num_stages=tile.stages, maxnreg=most_registers(target, kind, further),
+                **switches, num_warps=tile.warps, num_stages=tile.stages, maxnreg=most_registers(target, kind, further, tile),
             )  # fmt: skip
     return out

@@ -172,7 +172,7 @@ def matmul_variant(name, target, dtype, kind, code_form, rows, *, rank=32, extra
     return Variant(f"w4_matmul {name}", matmul._w4_matmul, types, constants, tile.warps, tile.stages, (wanted,))
 
 
-def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, extra=0, peak=0, **flags) -> list[Variant]:
+def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, extra=0, peak=0, k=3072, **flags) -> list[Variant]:
     """The product of kind "row", "half" or "plain" with 3072 outputs, in the tiles of every band."""
     tf32 = not (kind == "row" and dtype == torch.bfloat16 and pair == "bf16")
     step, extra_step = wide.ranks_a_step(rank, tf32), wide.ranks_a_step(extra, tf32)
@@ -200,10 +200,10 @@ def wide_variants(name, target, dtype, kind, *, pair="bf16", rank=32, extra=0, p
             **{n: bool(flags.get(n)) for n in SWITCHES},
         }  # fmt: skip
         label = f"w4_matmul_wide {name}, {tile.bm} rows"
-        registers = wide.most_registers(target, kind, extra)
+        registers = wide.most_registers(target, kind, extra, tile)
         return Variant(label, kernel, types | sources, constants, tile.warps, tile.stages, wanted, registers)
 
-    return [band(tile) for _, _, tile in wide_bands(replace(target, multiprocessors=132), kind, 4608, 3072)]
+    return [band(tile) for _, _, tile in wide_bands(replace(target, multiprocessors=132), kind, 4608, 3072, k)]
 
 
 def expand_variant(form: str, target: Target, scales: str, k: int) -> Variant:
@@ -320,6 +320,18 @@ def e4m3_variants(target: Target) -> list[Variant]:
     ]
 
 
+def long_variants(target: Target) -> list[Variant]:
+    """Hopper's large tile for many inputs; of the last rows', which wide_variants gives too, there are others enough."""
+    bf16, endings = torch.bfloat16, {"HAS_SHIFT": True, "GATE": True, "ACCUMULATE": True}
+    made = [
+        wide_variants("fast, shift, gate, K 12288", target, bf16, "row", k=12288, **endings),
+        wide_variants("fast, shift, gate, lora 32, K 12288", target, bf16, "row", extra=32, k=12288, **endings),
+        wide_variants("fast, gelu, peak, lora 64, K 12288", target, bf16, "row", peak=1, GELU=True, extra=64, k=12288),
+        wide_variants("fast, fp16, shift, gate, K 12288", target, torch.float16, "row", pair="fp16", k=12288, **endings),
+    ]
+    return [bands[0] for bands in made]
+
+
 def int8_variants(target: Target) -> list[Variant]:
     """INT4 where codes are int8."""
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -390,6 +402,7 @@ def variants(target: Target) -> list[Variant]:
         attention_variant("fp32, heads of 64", target, fp32, 64),
         add_variant(target, "*fp32"),
         *(e4m3_variants(target) if target.e4m3_dot else int8_variants(target)),
+        *(long_variants(target) if target.name == "sm_90" else ()),
         *nvfp4_variants(target),
         *norm_variants(target, bf16),
         *dotless_variants(bf16, target),

@@ -270,14 +270,14 @@ def test_wide_kernel_in_two_bands(wide, monkeypatch, kind, mode, bk):
         asked = []
         monkeypatch.setattr(wide, "wide_bands", lambda *a, chosen=chosen, asked=asked: asked.append(a) or chosen)
         results.append(compare(q, view, layer.bias, old.clone(), **options))
-        assert asked == [(target_for("cpu"), "row" if kind == "e4m3" else "half", 150, 256)]
+        assert asked == [(target_for("cpu"), "row" if kind == "e4m3" else "half", 150, 256, 256)]
     assert relative(*results) < 1e-6
 
 
 def test_wide_kernel_as_a_small_hopper_runs_it(wide, monkeypatch):
     """Four multiprocessors: tiles of 256 rows for two full rounds, then one band of smaller ones, all through descriptors."""
     target = dataclasses.replace(cuda_target(90), multiprocessors=4)
-    assert [band[:2] for band in wide_bands(target, "half", 1100, 256)] == [(0, 1024), (1024, 1100)]
+    assert [band[:2] for band in wide_bands(target, "half", 1100, 256, 256)] == [(0, 1024), (1024, 1100)]
     layer, view, q = operands("half", "exact", BF16, 1100, n=256, k=128, rank=16)
     monkeypatch.setattr(wide, "target_for", lambda device: target)
     compare(q, view, layer.bias, poisoned(1100, 256), gelu_from=128)
