@@ -75,10 +75,23 @@ def test_what_a_host_sees():
         module(torch.zeros(2, 128))
 
 
+def test_views_are_made_once_and_never_of_a_weight_that_is_gone():
+    (first, _), (second, weight) = random_linear(64, 256, seed=1), random_linear(64, 256, seed=2)
+    module, x = PackedT5Linear(pack(first), Runtime()), torch.randn(2, 256)
+    module(x)
+    kept = module._views
+    assert module(x) is not None and module._views is kept
+    module.weight = nn.Parameter(pack(second), requires_grad=False)
+    assert relative(module(x), x @ weight.t()) < 1e-6
+    module.to("meta")
+    assert module._views is None
+
+
 def test_a_copy_has_a_weight_of_its_own():
     layer, weight = random_linear(64, 256)
-    module = PackedT5Linear(pack(layer), Runtime())
-    twin, x = copy.deepcopy(module), torch.randn(2, 256)
+    module, x = PackedT5Linear(pack(layer), Runtime()), torch.randn(2, 256)
+    module(x)
+    twin = copy.deepcopy(module)
     module.weight.zero_()
     assert relative(twin(x), x @ weight.t()) < 1e-6
 
