@@ -2,9 +2,9 @@
 
 Up to FEW tokens: products are summed in fp32 where they arise; every packed byte is read once for up to four tokens.
 
-More tokens: the weight is unpacked to 16 bits and torch multiplies it, three launches a linear: unpacked in pieces that stay in L2 it would
-be less work for the GPU, but an encoding waits for the CPU. Its type is x's. The host gives T5 fp32 activations, which fp16 would overflow
-and bf16 would shorten to 8 bits; so every row of x gets a power of two that brings its maximum to 2^14..2^15 and becomes fp16 (11 bits for
+More tokens: the weight is unpacked and torch multiplies it, two or three launches a linear: unpacked in pieces that stay in L2 it would be
+less work for the GPU, but an encoding waits for the CPU. Its type is x's. The host gives T5 fp32 activations, which fp16 would overflow and
+bf16 would shorten to 8 bits; so every row of x gets a power of two that brings its maximum to 2^14..2^15 and becomes fp16 (11 bits for
 everything down to 2^-28 of the maximum), is multiplied by an fp16 weight into fp32, and gets its power back. Where torch cannot multiply
 fp16 into fp32 (before 2.8, and not on CUDA) weight and product are fp32.
 
@@ -135,11 +135,9 @@ def operands(x: Tensor, view: T5View) -> tuple[Tensor, Tensor, Tensor | None]:
     spec, rows = view.spec, x.shape[0]
     short = x.dtype == torch.float32 and has_wide_product(x.device)
     weight = torch.empty(spec.n, spec.k, dtype=torch.float16 if short else x.dtype, device=x.device)
-    half, unit, total = x, x, spec.n * (spec.k // GROUP)
+    half, unit, first, total = x, x, 0, spec.n * (spec.k // GROUP)
     if short:
-        half = torch.empty(rows, spec.k, dtype=torch.float16, device=x.device)
-        unit = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    first = rows if short else 0
+        half, unit, first = x.new_empty(rows, spec.k, dtype=torch.float16), x.new_empty(rows, 1), rows
     with launch_device(x.device):
         _operands[(first + triton.cdiv(total, 2 * SLICES),)](
             x, half, unit, view.codes, view.scales, view.zeros, weight, first, spec.k, total, x.stride(0), x.stride(1),
@@ -168,7 +166,9 @@ def has_wide_product(device: torch.device) -> bool:
 def _many_tokens(x: Tensor, view: T5View) -> Tensor:
     """x @ W^T."""
     x, weight, unit = operands(x, view)
-    return torch.mm(x, weight.t()) if unit is None else wide_product(x, weight).mul_(unit)
+    if unit is not None:
+        return wide_product(x, weight).mul_(unit)
+    return torch.mm(x, weight.t(), out=x.new_empty(x.shape[0], weight.shape[0]))  # with out, autocast leaves the types alone
 
 
 def t5_linear_triton(x: Tensor, view: T5View, bias: Tensor | None = None) -> Tensor:

@@ -113,7 +113,8 @@ def wide_bands(target: Target, kind: str, rows: int, n: int, k: int) -> list[tup
     """Bands (first row, end, tile) that share out the rows of a product with n outputs of k inputs.
 
     Large tiles leave most of the machine idle in their last round when only a few are left (FLUX's 3072 outputs: 432 tiles on 132
-    multiprocessors); then the last rows are made in tiles of half the size.
+    multiprocessors); then the last rows are made in tiles of half the size. Hopper's "row" has large ones beyond LONG_K inputs, where they
+    fill the machine once.
     """
     tile, smaller = wide_tile(target, kind), _LAST_ROWS
     if kind == "row" and k > LONG_K and _family(target) == "hopper":

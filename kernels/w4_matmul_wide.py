@@ -257,8 +257,8 @@ def ranks_a_step(rank: int, tf32: bool) -> int:
 def fetches(kind: str, tf32: bool, gate: bool, rank: int, further: int) -> tuple[str, str]:
     """When the low-rank operands of the part's own ranks and of the further ones are fetched.
 
-    "ahead" of the main loop, where all fit into one step and there are registers to hold them: "row" products run two programs a
-    multiprocessor, the others need most of a program's for the result. "behind" it all at once, where a gate needs registers too.
+    "ahead" of the main loop, where all fit into one step and there are registers to hold them: "row" products mostly run two programs
+    a multiprocessor, the others need most of a program's for the result. "behind" it all at once, where a gate needs registers too.
     Else in "steps".
     """
     own, other = (0 < r == rank_step(r, MOST_HELD) for r in (rank, further))

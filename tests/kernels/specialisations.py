@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
-from tonfa.kernels import smooth_quantize_triton, targets
+from tonfa.kernels import smooth_quantize_triton, targets, tiles
 from tonfa.kernels.tiles import ALL_TILES
 from tonfa.models.flux import build_blocks
 from tonfa.models.formats.checkpoint import open_checkpoint
@@ -53,7 +53,7 @@ def main(checkpoint: str) -> None:
     targets._key = lambda device: ("cuda", 0)
     targets._target_of = lambda kind, index: replace(targets.cuda_target(90), multiprocessors=132)
     targets._launch_reason = lambda kind, index: None
-    smooth_quantize_triton.DESCRIPTOR_COLUMNS = 512  # as if the miniature's MLP were as wide as FLUX's
+    smooth_quantize_triton.DESCRIPTOR_COLUMNS = tiles.LONG_K = 512  # as if the miniature's MLP were as wide as FLUX's
     opened = open_checkpoint(checkpoint)
     nothing = Runtime(attend=lambda q, *rest: q.new_empty(q.shape[0], q.shape[2], q.shape[1] * q.shape[3]))
     double, single = build_blocks(opened, runtime=nothing)

@@ -17,8 +17,10 @@ TARGETS |= {"sm_75": cuda_target(75), "gfx942": hip_target("gfx942")}
 
 
 def unpack_variant(target: Target, dtype: torch.dtype) -> Variant:
-    types = {"x": "*fp32", "half": "*fp16", "unit": "*fp32", "codes": "*u8", "scales": "*fp16", "zeros": "*fp16", "weight": POINTERS[dtype]}
-    types |= dict.fromkeys(("M", "K", "total", "x_row", "x_col"), "i32")
+    halves = dtype == torch.float16
+    types = dict.fromkeys(t5._operands.arg_names, "i32") | dict.fromkeys(("x", "half", "unit"), "*fp32" if halves else POINTERS[dtype])
+    types |= {"half": "*fp16"} if halves else {}
+    types |= {"codes": "*u8", "scales": "*fp16", "zeros": "*fp16", "weight": POINTERS[dtype]}
     constants = {"x_col": 1, "BK": 2048, "S": t5.SLICES, "PAIRS": has_pairs(target), "EMULATE": False}
     short = has_pairs(target) and dtype != torch.float32
     wanted = (r"st\.global\S*\.v4\.b32", r"cvt\.rn\.\S*x2\.f32") if short else ()

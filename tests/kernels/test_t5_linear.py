@@ -170,6 +170,15 @@ def test_what_is_not_finite_stays_so(kernels, monkeypatch):
     assert not torch.isfinite(y[1:3]).any() and torch.isfinite(y[3:]).all() and torch.isfinite(y[0]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_autocast_changes_nothing(kernels, dtype):
+    view, x = viewed(random_linear(64, 256)), torch.randn(12, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    want = t5_linear(x, view)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = t5_linear(x, view)
+    assert y.dtype == dtype and torch.equal(y, want)
+
+
 @pytest.mark.parametrize("rows", [3, 12])
 def test_strided_input_and_no_rows(kernels, rows):
     view = viewed(random_linear(128, 128))

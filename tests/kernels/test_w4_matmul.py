@@ -260,7 +260,7 @@ def test_wide_kernel_leaves_the_row_maxima_of_the_next_layer(wide, kind, mode, s
 @pytest.mark.parametrize("kind, mode, bk", [("e4m3", "fast", 128), ("half", "exact", 64)])
 def test_wide_kernel_in_two_bands(wide, monkeypatch, kind, mode, bk):
     """The second band starts inside a batch and inside no tile of the first; every ending is told its rows."""
-    layer, view, q = operands(kind, mode, BF16, 150, n=256, rank=16, segments=(0, 128))
+    layer, view, q = operands(kind, mode, BF16, 150, n=256, k=128, rank=16, segments=(0, 128))
     gate, residual, old = torch.randn(2, 256), torch.randn(150, 256), torch.randn(150, 256)
     options = {"gate": gate, "residual": residual, "rows_per_batch": 110, "accumulate": True}
     small, large, last = (Tile(128, bm, bk, 8, 3, pieces) for bm, pieces in ((64, 1), (128, 4), (32, 2)))
@@ -270,7 +270,7 @@ def test_wide_kernel_in_two_bands(wide, monkeypatch, kind, mode, bk):
         asked = []
         monkeypatch.setattr(wide, "wide_bands", lambda *a, chosen=chosen, asked=asked: asked.append(a) or chosen)
         results.append(compare(q, view, layer.bias, old.clone(), **options))
-        assert asked == [(target_for("cpu"), "row" if kind == "e4m3" else "half", 150, 256, 256)]
+        assert asked == [(target_for("cpu"), "row" if kind == "e4m3" else "half", 150, 256, 128)]
     assert relative(*results) < 1e-6
 
 

@@ -87,6 +87,16 @@ def test_views_are_made_once_and_never_of_a_weight_that_is_gone():
     assert module._views is None
 
 
+def test_compiles_before_and_after_its_views_are_kept():
+    layer, weight = random_linear(64, 256)
+    module, x = PackedT5Linear(pack(layer), Runtime()), torch.randn(2, 256)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for _ in range(2):
+        assert relative(compiled(x), x @ weight.t()) < 1e-6
+        module(x)
+        torch._dynamo.reset()
+
+
 def test_a_copy_has_a_weight_of_its_own():
     layer, weight = random_linear(64, 256)
     module, x = PackedT5Linear(pack(layer), Runtime()), torch.randn(2, 256)
