@@ -13,7 +13,7 @@ from torch import Tensor
 from .block_scale import BLOCK
 from .expand_weight_torch import ExpandedWeight
 from .layout import PartView
-from .rounding import e4m3_byte, storable
+from .rounding import e4m3_byte, has_ptx, storable
 from .targets import interpreting, launch_device, target_for
 from .w4_matmul_triton import e4m3_weights
 
@@ -116,6 +116,6 @@ def expand_weight_triton(part: PartView, form: str, dtype: torch.dtype | None = 
             part.scales if part.block_scale is None else part.block_scale,
             values.view(torch.uint8) if form == "e4m3" else values, values if table is None else table, rows, cols,
             FORM=form, GROUPS=triton.next_power_of_2(cols // 64) if form == "half" else 1, BLOCK=BLOCK, BN=ROWS, S=slices,
-            PTX=target_for(device).name.startswith("sm_"), EMULATE=interpreting(), num_warps=4,
+            PTX=has_ptx(target_for(device)), EMULATE=interpreting(), num_warps=4,
         )  # fmt: skip
     return ExpandedWeight(values, ratio=table if form == "e4m3" else None, scale=table if form == "half" else None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .targets import Target
+from .targets import Target, interpreting
 
 # `divided`: Triton's minus is a subtraction, PTX negates for nothing.
 _DIVIDED = tl.constexpr("""{
@@ -187,6 +187,11 @@ def dot_split(a, b, acc, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, EMULATE: 
     return acc
 
 
+def has_ptx(target: Target) -> bool:
+    """Whether a kernel's inline PTX is understood: NVIDIA's compiler does, the interpreter does not, even with tensors on a GPU."""
+    return target.name.startswith("sm_") and not interpreting()
+
+
 def has_pairs(target: Target) -> bool:
     """PTX of `inverse_of`, `divided` and `rounded_pairs`: sm_80 and newer."""
-    return target.has_dot and target.name.startswith("sm_")
+    return target.has_dot and has_ptx(target)

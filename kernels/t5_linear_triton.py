@@ -126,10 +126,6 @@ def _few_tokens(
     tl.store(out + rows.to(tl.int64)[:, None] * N + n[None, :], storable(y, out.dtype.element_ty, EMULATE), mask=(rows < M)[:, None])
 
 
-def _pairs(device: torch.device) -> bool:
-    return has_pairs(target_for(device)) and not interpreting()
-
-
 def operands(x: Tensor, view: T5View) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x [M, K], weight [N, K], unit fp32 [M, 1]): both of x's type and no unit, or both fp16, where the product counts in units."""
     spec, rows = view.spec, x.shape[0]
@@ -141,7 +137,7 @@ def operands(x: Tensor, view: T5View) -> tuple[Tensor, Tensor, Tensor | None]:
     with launch_device(x.device):
         _operands[(first + triton.cdiv(total, 2 * SLICES),)](
             x, half, unit, view.codes, view.scales, view.zeros, weight, first, spec.k, total, x.stride(0), x.stride(1),
-            BK=2048, S=SLICES, PAIRS=_pairs(x.device), EMULATE=interpreting(), num_warps=4,
+            BK=2048, S=SLICES, PAIRS=has_pairs(target_for(x.device)), EMULATE=interpreting(), num_warps=4,
         )  # fmt: skip
     return half, weight, unit if short else None
 
@@ -184,6 +180,6 @@ def t5_linear_triton(x: Tensor, view: T5View, bias: Tensor | None = None) -> Ten
             _few_tokens[(n // tile.bn, triton.cdiv(rows, tile.bm))](
                 x, view.codes, view.scales, view.zeros, out if bias is None else bias.contiguous(), out, rows, n, k,
                 x.stride(0), x.stride(1), HAS_BIAS=bias is not None, BN=tile.bn, BM=tile.bm, S=math.gcd(tile.bk, k) // 128,
-                PAIRS=_pairs(x.device), EMULATE=interpreting(), num_warps=tile.warps, num_stages=tile.stages,
+                PAIRS=has_pairs(target_for(x.device)), EMULATE=interpreting(), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out

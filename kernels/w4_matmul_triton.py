@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .int_to_float import by_magic
 from .layout import RUN, PartView
-from .rounding import dot_split, inverse_of, operand, rounded, rounded_pairs, storable
+from .rounding import dot_split, has_ptx, inverse_of, operand, rounded, rounded_pairs, storable
 from .smooth_quantize_torch import QuantizedInput
 from .targets import interpreting, launch_device, target_for
 from .tiles import matmul_tile
@@ -354,7 +354,7 @@ def w4_matmul_triton(q: QuantizedInput, part: PartView, bias: Tensor | None, out
             *launch_sizes(q, part, out, finish),
             KIND=kernel_kind, E4M3=e4m3, FOLD=fold, RB=rank_step(rank, 32), XB=rank_step(extra_rank(q, part), 32),
             BN=tile.bn, BM=tile.bm, GROUP_M=GROUP_M,
-            PTX=target.name.startswith("sm_"), MAGIC=by_magic(),
+            PTX=has_ptx(target), MAGIC=by_magic(),
             **launch_switches(part, rank, shift, bias, finish), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ from .layout import PartView
 from .rounding import has_pairs, held, in_registers, rounded, settled
 from .row_statistics_triton import largest_smoothed
 from .smooth_quantize_torch import QuantizedInput
-from .targets import Target, interpreting, launch_device, target_for
+from .targets import Target, launch_device, target_for
 from .tiles import Tile, wide_bands
 from .w4_matmul_torch import Finish
 from .w4_matmul_triton import (
@@ -324,7 +324,7 @@ def w4_matmul_wide(
                 KIND=kind, RB=block, FETCH=fetch, XB=extra_block, EXTRA_FETCH=extra_fetch,
                 JOINED=joins(target, fetch, extra_fetch, block, extra_block),
                 BN=tile.bn, BM=tile.bm, BK=tile.bk, GROUP_M=GROUP_M[kind], PIECES=tile.pieces, TF32=tf32,
-                PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target) and not interpreting(),
+                PEAK=0 if peak is None else 1 + peak.shifted, BLOCK=BLOCK, PTX=has_pairs(target),
                 COPY_ENGINE=target.copy_engine,
                 **switches, num_warps=tile.warps, num_stages=tile.stages, maxnreg=most_registers(target, kind, further, tile),
             )  # fmt: skip

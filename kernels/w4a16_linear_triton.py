@@ -135,6 +135,6 @@ def w4a16_linear_triton(x: Tensor, part: PartView, bias: Tensor | None, rows: ra
             h, out if extra is None else extra.up, rows.start, len(rows), spec.n_padded, spec.k, spec.k_padded, x.stride(0), x.stride(1),
             0 if extra is None else h.stride(0), rank, *starts, XB=rank_step(rank, 32),
             HAS_BIAS=bias is not None, BN=BN, S=SLICES, RUN=RUN,
-            PTX=has_pairs(target_for(x.device)) and not interpreting(), EMULATE=interpreting(), num_warps=WARPS, num_stages=1,
+            PTX=has_pairs(target_for(x.device)), EMULATE=interpreting(), num_warps=WARPS, num_stages=1,
         )  # fmt: skip
     return out

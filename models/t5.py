@@ -36,8 +36,7 @@ class PackedT5Linear(PackedLeaf):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's type (fp16, bf16 or fp32)."""
         with self.runtime.acquire(self, x.device) as (blob, _):
-            view = self.make_views(blob) if torch.compiler.is_compiling() else self.views(blob)  # addresses break a compiled graph
-            y = t5_linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), view).view(*x.shape[:-1], self.out_features)
+            y = t5_linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), self.views(blob)).view(*x.shape[:-1], self.out_features)
         return y if self._side is None else self._side.add(self.spec, y, x)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:

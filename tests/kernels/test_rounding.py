@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from tonfa.kernels.targets import cuda_target, hip_target, target_for
 
 tl = pytest.importorskip("triton.language", reason="Triton is not installed: pip install triton==3.6.0")
 triton = pytest.importorskip("triton")
@@ -36,6 +37,15 @@ def kernels(interpreter):
         tl.store(value + at, rounding.e4m3_value(tl.abs(small)))
 
     return kernel
+
+
+def test_ptx_for_nvidia_only_and_not_for_the_interpreter(monkeypatch):
+    targets = [cuda_target(75), cuda_target(80), cuda_target(90), hip_target("gfx942"), target_for("cpu")]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert [rounding.has_ptx(t) for t in targets] == [True, True, True, False, False]
+    assert [rounding.has_pairs(t) for t in targets] == [False, True, True, False, False]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not any(rounding.has_ptx(t) or rounding.has_pairs(t) for t in targets)
 
 
 def test_emulated_rounding_equals_torch(kernels):
