@@ -37,6 +37,6 @@ def t5_linear_torch(x: Tensor, view: T5View, bias: Tensor | None = None) -> Tens
     wide = x.float()
     for start in range(0, n, ROWS):
         end = min(start + ROWS, n)
-        part = wide @ t5_weight(view, start, end).t()
+        part = wide.new_empty(wide.shape[0], end - start).addmm_(wide, t5_weight(view, start, end).t(), beta=0)  # autocast leaves it alone
         y[:, start:end] = part if bias is None else part + bias[start:end].float()
     return y

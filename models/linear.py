@@ -128,8 +128,6 @@ class PackedLeaf(Leaf):
 
     def views(self, blob: Tensor) -> object:
         """make_views: kept for a weight that has its place, since making them costs more than a launch; made for a host's copy."""
-        if torch.compiler.is_compiling():  # addresses break a compiled graph
-            return self.make_views(blob)
         if blob is not (self.weight if self.streamer is None else self.streamer.tensors(self)["weight"]):
             return self.make_views(blob)
         kept, at = self._views, blob.data_ptr()

@@ -129,14 +129,18 @@ class Side:
         return total
 
     def add(self, spec: PackSpec, y: Tensor, x: Tensor) -> Tensor:
-        """y [..., N] + this of x [..., K], beside kernels that know nothing of it. Products in x's type, one rounding to y's."""
+        """y [..., N] + this of x [..., K], beside kernels that know nothing of it. Products in x's type, one rounding to y's.
+
+        All in place: autocast leaves that alone.
+        """
         rows = x.reshape(-1, x.shape[-1])
         total = y.reshape(-1, y.shape[-1]).clone()
         for part, c in zip(spec.parts, self.to(x.device).columns, strict=True):
             source = rows[:, part.col_offset : part.col_offset + part.k]
             for first, end, down, up in _by_segment(part, c):
                 out = total[:, part.row_offset + first : part.row_offset + end]
-                out.addmm_(source @ down[: part.k].to(x.dtype), up.to(x.dtype).t())
+                low = source.new_empty(source.shape[0], down.shape[1]).addmm_(source, down[: part.k].to(x.dtype), beta=0)
+                out.addmm_(low, up.to(x.dtype).t())
         if self.delta is not None:
             total.addmm_(rows, self.delta.to(x.device, x.dtype).t())
         return total.view(y.shape)

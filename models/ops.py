@@ -14,11 +14,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..kernels import layout, targets
+from ..kernels import layout, t5_layout, targets
 from ..kernels.norm_gate import norm_gate as norm_gate_now
 from ..kernels.norm_modulate import Norm
 from ..kernels.norm_modulate import norm_modulate as norm_modulate_now
 from ..kernels.qk_norm_rope import qk_norm_rope_ as qk_norm_rope_now_
+from ..kernels.t5_linear import t5_linear as t5_linear_now
 from . import attention
 from .linear import Ending, packed_linear, spec_of
 from .lora import Side
@@ -109,6 +110,25 @@ def _linear_into(*arguments) -> None:
 
 _register(f"linear({_LINEAR}) -> Tensor", _linear, _linear_fake)
 _register(f"linear_into({_LINEAR}, Tensor(a!) out) -> ()", _linear_into, lambda *arguments: None)
+
+
+# -- a linear of the T5 encoder --------------------------------------------------------------------------------------------------------
+
+
+def t5_linear(x: Tensor, blob: Tensor, spec: t5_layout.T5Spec) -> Tensor:
+    """t5_linear on x [M, K] and a packed weight."""
+    return OPS.t5_linear(x, blob, spec.n, spec.k, spec.scale_dtype)
+
+
+def _t5_linear(x: Tensor, blob: Tensor, n: int, k: int, scale_dtype: torch.dtype) -> Tensor:
+    return t5_linear_now(x, t5_layout.views(t5_layout.T5Spec(n, k, scale_dtype), blob))
+
+
+_register(
+    "t5_linear(Tensor x, Tensor blob, int n, int k, ScalarType scale_dtype) -> Tensor",
+    _t5_linear,
+    lambda x, blob, n, *rest: x.new_empty(x.shape[0], n),
+)
 
 
 # -- what stands between linears ------------------------------------------------------------------------------------------------------

@@ -36,8 +36,16 @@ class PackedT5Linear(PackedLeaf):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's type (fp16, bf16 or fp32)."""
         with self.runtime.acquire(self, x.device) as (blob, _):
-            y = t5_linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), self.views(blob)).view(*x.shape[:-1], self.out_features)
+            y = self._four_bit(x.reshape(x.shape[:-1].numel(), x.shape[-1]), blob).view(*x.shape[:-1], self.out_features)
         return y if self._side is None else self._side.add(self.spec, y, x)
+
+    def _four_bit(self, x: Tensor, blob: Tensor) -> Tensor:
+        """x [M, K] -> [M, N] without the side."""
+        if torch.compiler.is_compiling():
+            from . import ops
+
+            return ops.t5_linear(x, blob, self.spec)
+        return t5_linear(x, self.views(blob))
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
         return t5_weight(views(self.spec, weight.to(torch.uint8)), 0, self.out_features)

@@ -173,10 +173,11 @@ def test_what_is_not_finite_stays_so(kernels, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_autocast_changes_nothing(kernels, dtype):
     view, x = viewed(random_linear(64, 256)), torch.randn(12, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
-    want = t5_linear(x, view)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = t5_linear(x, view)
-    assert y.dtype == dtype and torch.equal(y, want)
+    for linear in (t5_linear, t5_linear_torch):
+        want = linear(x, view)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear(x, view)
+        assert y.dtype == dtype and torch.equal(y, want)
 
 
 @pytest.mark.parametrize("rows", [3, 12])

@@ -87,14 +87,36 @@ def test_views_are_made_once_and_never_of_a_weight_that_is_gone():
     assert module._views is None
 
 
-def test_compiles_before_and_after_its_views_are_kept():
-    layer, weight = random_linear(64, 256)
-    module, x = PackedT5Linear(pack(layer), Runtime()), torch.randn(2, 256)
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
+@pytest.mark.parametrize("beside", [False, True])
+def test_compiles_to_one_operator_with_the_same_bits(beside):
+    """Before and after its views are kept. What a GPU is asked about kernels cannot be traced, so nothing of it may be in the graph."""
+    module, x, seen = PackedT5Linear(pack(random_linear(64, 256)[0]), Runtime()), torch.randn(2, 3, 256), []
+    if beside:
+        module.set_side(make_side(module.spec, [Term(torch.randn(64, 4), torch.randn(4, 256), 0.7)], None, CPU, torch.float32))
+
+    def backend(graph, example):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
     for _ in range(2):
-        assert relative(compiled(x), x @ weight.t()) < 1e-6
-        module(x)
         torch._dynamo.reset()
+        got = torch.compile(module, backend=backend, fullgraph=True)(x)
+        assert torch.equal(got, module(x))
+    assert sum("t5_linear" in name for name in seen) == 2, seen
+    assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(x), got)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_changes_nothing(dtype, kind):
+    """Alone and with low-rank products and a dense difference beside it."""
+    module, x = PackedT5Linear(pack(random_linear(64, 256)[0]), Runtime()), torch.randn(12, 256).to(dtype)
+    for side in (None, make_side(module.spec, [Term(torch.randn(64, 4), torch.randn(4, 256), 0.7)], torch.randn(64, 256), CPU, dtype)):
+        module.set_side(side)
+        want = module(x)
+        with torch.autocast("cpu", kind):
+            y = module(x)
+        assert y.dtype == dtype and torch.equal(y, want)
 
 
 def test_a_copy_has_a_weight_of_its_own():
