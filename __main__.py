@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: the GPU if torch finds one)")
     t5 = commands.add_parser("quantize-t5", help="writes a T5-XXL text encoder as a 4-bit one, with a search for the best clipping")
-    t5.add_argument("input", type=Path, metavar="IN", help="a T5-XXL .safetensors file: fp16, bf16, fp32, fp8 or scaled fp8")
+    t5.add_argument(
+        "input", type=Path, metavar="IN", help="a T5-XXL: fp16, bf16, fp32, fp8 or scaled fp8; a .safetensors file or a folder of shards"
+    )
     t5.add_argument("output", type=Path, metavar="OUT", help="the .safetensors file to write (about 3 GB)")
     t5.add_argument("--device", choices=("cpu", "cuda"), help="where to search (default: the GPU if torch finds one)")
     t5.add_argument("--precision-of-rest", choices=("keep", "fp16", "bf16"), default="keep", help="type of embedding and norms")

@@ -6,7 +6,6 @@ or 32 bits, fp8 with or without scales. Opening reads headers only and checks ev
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ from .flux import DoubleBlock, Flux, QKNorm, RMSNorm, SingleBlock
 from .formats import flux_config
 from .formats.flux_names import FluxDims, HostLinear, host_linears, plain_specs, to_v2
 from .formats.identify import identify
+from .formats.shards import files_of, merged
 from .formats.tensorfile import CheckpointError, Entry, TensorFile
 from .linear import PlainLinear
 from .runtime import Runtime
@@ -130,8 +130,8 @@ def open_dense(path: str | os.PathLike) -> DenseFlux:
     Raises CheckpointError that says what the file is if it is something else, or which tensor is missing, misshapen or mistyped.
     """
     path = Path(path)
-    files = [TensorFile(p) for p in _files(path)]
-    entries, metadata = _merged(files), {key: value for f in files for key, value in f.metadata.items()}
+    files = [TensorFile(p) for p in files_of(path, "transformer", _EXPECTED)]
+    entries, metadata = merged(files), {key: value for f in files for key, value in f.metadata.items()}
     _refuse_others(path, entries, metadata)
     prefix = next((p for p in PREFIXES if f"{p}img_in.weight" in entries or f"{p}x_embedder.weight" in entries), None)
     if prefix is None:
@@ -150,41 +150,6 @@ def open_dense(path: str | os.PathLike) -> DenseFlux:
     )  # fmt: skip
     for w in warnings:
         log.warning("%s: %s", path, w)
-    return out
-
-
-def _files(path: Path) -> list[Path]:
-    """The files behind what a person picked: the file, or the shards of a diffusers folder."""
-    if not path.exists():
-        raise CheckpointError(f"There is no file {path}.")
-    if not path.is_dir():
-        return [path]
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) == 1:
-        try:
-            shards = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
-            found = [folder / Path(str(name)).name for name in sorted(shards)]
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as e:
-            raise CheckpointError(f"{indices[0]} cannot be read as the list of a model's files ({e}). Download it again.") from e
-        if missing := [p.name for p in found if not p.is_file()]:
-            raise CheckpointError(f"{folder} lacks {missing[0]}, which {indices[0].name} lists. Download it again.")
-        return found
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        raise CheckpointError(f"{path} is a folder without .safetensors files. {_EXPECTED}")
-    return found
-
-
-def _merged(files: list[TensorFile]) -> dict[str, Entry]:
-    out: dict[str, Entry] = {}
-    for f in files:
-        for key, entry in f.entries.items():
-            if key in out:
-                raise CheckpointError(
-                    f"{key} is in both {out[key].file.path.name} and {f.path.name} of {f.path.parent}: give the file that is meant."
-                )
-            out[key] = entry
     return out
 
 

@@ -62,7 +62,7 @@ class NunchakuTextEncoderLoaderV2:
         from .host.lora_files import teach_stock_nodes
         from .host.text_encoders import Slot, load_clip, sort_out, with_min_length
 
-        if not str(model_type).startswith("flux"):
+        if model_type not in NunchakuTextEncoderLoader.TYPES + NunchakuTextEncoderLoaderV2.TYPES:
             raise ValueError(f"{self.TITLE}: model_type is '{model_type}'; this node loads the text encoders of FLUX.1 (flux.1) only.")
         least = tokens(length)
         teach_stock_nodes()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...kernels.t5_layout import GROUP, T5Linear, check_size
 from . import nunchaku as nk
+from .shards import files_of, merged
 from .t5 import EMBEDDINGS, MODEL_CLASS, T5Dims, t5_dims, what_encoder
 from .tensorfile import CheckpointError, Entry, TensorFile
 
@@ -99,33 +100,27 @@ def open_awq_t5(path: str | os.PathLike) -> AwqT5:
     Raises CheckpointError when there is none, it is something else (and says what), or tensors are missing or of another shape or type.
     """
     path = Path(path)
-    files = [TensorFile(file) for file in _files_of(path)]
+    found = [TensorFile(file) for file in files_of(path, "text_encoder_2", "A 4-bit T5 is expected in it.")]
+    files = [file for file in found if is_awq_t5(file.entries, file.metadata)]  # other encoders may lie beside it
+    if not any(name in file.entries for file in files for name in EMBEDDINGS):
+        files = found
     metadata = {key: value for file in files for key, value in file.metadata.items()}
-    entries = {key: entry for file in files for key, entry in file.entries.items()}
+    entries = merged(files)
     shapes = {key: entry.shape for key, entry in entries.items()}
     if other := what_encoder(shapes, metadata):
         raise CheckpointError(f"{path} is {other}; a 4-bit T5 such as awq-int4-flux.1-t5xxl.safetensors is expected here.")
     if not is_awq_t5(entries, metadata):
         raise CheckpointError(f"{path} is an ordinary T5 text encoder, not a 4-bit one. `tonfa quantize-t5` makes one of it.")
-    quantised = [key.removesuffix(".qweight") for key in entries if key.endswith(".qweight")]
+    quantised = [key.removesuffix(".qweight") for key in entries if key.endswith(".qweight") and key.startswith("encoder.block.")]
     for prefix in quantised:
         _check_linear(str(path), prefix, entries)
         rows, k = shapes.pop(f"{prefix}.qweight")
         shapes[f"{prefix}.weight"] = (4 * rows, k)
     dims = t5_dims(shapes, str(path))
+    if unknown := set(quantised) - dims.linears().keys():
+        raise CheckpointError(f"{path} cannot be used: {min(unknown)} is no linear of a T5 encoder. Download it again.")
     _check_plain(str(path), dims, entries, set(quantised))
     return AwqT5(path, dims, entries, quantised, files, metadata)
-
-
-def _files_of(path: Path) -> list[Path]:
-    if not path.is_dir():
-        if not path.exists():
-            raise CheckpointError(f"There is no file {path}.")
-        return [path]
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        raise CheckpointError(f"{path} is a folder without a .safetensors file in it.")
-    return found
 
 
 def _check_linear(where: str, prefix: str, entries: Mapping[str, Entry]) -> None:

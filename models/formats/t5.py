@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .identify import identify
+from .shards import is_shard
 from .tensorfile import CheckpointError
 
 ATTENTION = tuple(f"layer.0.SelfAttention.{name}" for name in "qkvo")
@@ -104,7 +105,7 @@ def t5_dims(shapes: Mapping[str, tuple[int, ...]], where: str) -> T5Dims:
     needed = (embedding, BIAS, first + ATTENTION[0], first + GATES[0])
     for name in needed:
         if len(found.get(bare_name(name), ())) != 2:
-            raise CheckpointError(f"{where} is no whole T5 encoder: {_missing(name, found)}. Download it again.")
+            raise CheckpointError(f"{where} is no whole T5 encoder: {_missing(name, found)}. {_advice(where)}")
     (vocab, model), (buckets, heads), (inner, _), (ff, _) = (found[bare_name(name)] for name in needed)
     if heads < 1 or inner % heads:
         raise CheckpointError(f"{where} is no whole T5 encoder: its {inner} attention channels are not shared out by {heads} heads.")
@@ -117,9 +118,15 @@ def t5_dims(shapes: Mapping[str, tuple[int, ...]], where: str) -> T5Dims:
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise CheckpointError(
-            f"{where} is no whole T5 encoder: {_missing(wrong[0], found)}, expected {list(wanted[wrong[0]])}{more}. Download it again."
+            f"{where} is no whole T5 encoder: {_missing(wrong[0], found)}, expected {list(wanted[wrong[0]])}{more}. {_advice(where)}"
         )
     return dims
+
+
+def _advice(where: str) -> str:
+    if is_shard(where):
+        return "It is one of several files: take a T5 in one file, or make one of the folder with all of them (`quantize-t5 FOLDER OUT`)."
+    return "Download it again."
 
 
 def _missing(name: str, found: Mapping[str, tuple[int, ...]]) -> str:

@@ -222,9 +222,10 @@ def text_encoder_folder(name: str) -> str:
     """Full path of an entry of `text_encoder_folders`."""
     import folder_paths
 
+    parts = slashes(name).split("/")
     for root in folder_paths.get_folder_paths("text_encoders"):
-        full = os.path.join(root, *slashes(name).split("/"))
-        if os.path.isdir(full):
+        full = os.path.join(root, *parts)
+        if os.path.isdir(full) and not {".", ".."} & set(parts):
             return full
     known = text_encoder_folders()
     there = f"The folders there: {', '.join(known)}." if known else "There is no folder there."

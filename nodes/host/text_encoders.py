@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...models.formats.awq import AwqT5, open_awq_t5
 from ...models.formats.t5 import EMBEDDINGS, T5Dims
 from ...models.formats.tensorfile import CheckpointError, TensorFile
-from ...models.formats.text_encoders import Encoder, recognise
+from ...models.formats.text_encoders import Encoder, check_types, recognise
 from ...models.graphs import Graphs
 from ...models.linear import parameter
 from ...models.t5 import PackedT5Linear, put_linears
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 SAFETENSORS = (".safetensors", ".sft")
 XXL = {"num_layers": 24, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "vocab_size": 32128}  # the host's own T5
+UNREADABLE = "{} is quantised in a form that this ComfyUI cannot read. Update ComfyUI, or take another T5 file."
+BETTER = "Download it again, best as a .safetensors file."
 FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 WANTED = (
     "FLUX.1 takes CLIP-L (clip_l.safetensors) and T5-XXL (t5xxl_fp16.safetensors, its fp8 forms or awq-int4-flux.1-t5xxl.safetensors) "
@@ -106,16 +108,19 @@ def look_at(slot: Slot) -> tuple[Encoder, frozenset[str]]:
     try:
         if is_gguf(slot.path):
             raise CheckpointError(f"{slot.path} is a GGUF file; load it with 'DualCLIPLoader (GGUF)' of the pack ComfyUI-GGUF, not here.")
-        metadata = {}
-        if os.path.splitext(slot.path)[1].lower() in SAFETENSORS:
-            file = TensorFile(slot.path)
-            shapes, metadata = {name: entry.shape for name, entry in file.entries.items()}, file.metadata
-        else:
-            shapes = {name: tuple(t.shape) for name, t in pickled(slot.path).items() if isinstance(t, Tensor)}
-        encoder = recognise(shapes, metadata, where)
-        if encoder.kind == "t5_4bit":
+        if os.path.splitext(slot.path)[1].lower() not in SAFETENSORS:
+            shapes = pickled(slot.path)
+            encoder = recognise(shapes, {}, where)
+            if encoder.kind == "t5_4bit":
+                raise CheckpointError(f"{slot.path} is a 4-bit T5, which is read from a .safetensors file only. Download it as one.")
+            return encoder, frozenset(shapes)
+        file = TensorFile(slot.path)
+        encoder = recognise({name: entry.shape for name, entry in file.entries.items()}, file.metadata, where)
+        if encoder.kind == "t5":
+            check_types({name: entry.dtype for name, entry in file.entries.items()}, where)
+        elif encoder.kind == "t5_4bit":
             open_awq_t5(slot.path)  # for its checks
-        return encoder, frozenset(shapes)
+        return encoder, frozenset(file.entries)
     except CheckpointError as error:
         raise named(error, where) from error
 
@@ -134,14 +139,18 @@ def is_gguf(path: str) -> bool:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def pickled(path: str) -> dict[str, Tensor]:
-    """The tensors of a .bin, .pt or .ckpt file, by the host's own reader of such files."""
+def pickled(path: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a .bin, .pt or .ckpt file, by the host's own reader of such files."""
+    with open(path, "rb") as opened:
+        if opened.read(9)[8:] == b"{":
+            raise CheckpointError(f"{path} is a safetensors file under another name. Let its name end in .safetensors.")
     try:
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
-    except Exception as error:  # torch raises several unrelated types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read ({reason}). Download it again, best as a .safetensors file.") from error
-    return tensors if isinstance(tensors, dict) else {}
+        return {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
+    except Exception as error:  # torch raises several unrelated types, and advises to run whatever is in the file
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}): it is damaged, or holds something else than tensors with names. {BETTER}"
+        ) from error
 
 
 def sort_out(first: Slot, second: Slot, four_bit_folder: Slot | None = None) -> Pair:
@@ -178,7 +187,13 @@ def load_clip(pair: Pair, **keywords: object) -> comfy.sd.CLIP:
     """
     embeddings = folder_paths.get_folder_paths("embeddings")
     if not pair.four_bit:
-        return load_plain(pair, embeddings, **keywords)
+        warn_of_size(pair.dims, pair.where)
+        try:
+            return load_plain(pair, embeddings, **keywords)
+        except RuntimeError as error:
+            if pair.dims is None and "size mismatch" in str(error):
+                raise CheckpointError(UNREADABLE.format(pair.where)) from error
+            raise
     try:
         awq = open_awq_t5(pair.t5)
         try:
@@ -188,7 +203,17 @@ def load_clip(pair: Pair, **keywords: object) -> comfy.sd.CLIP:
     except CheckpointError as error:
         raise named(error, pair.where) from error
     log.info("%s: a 4-bit T5 of %d layers on %s.", pair.t5, len(awq.quantised), clip.patcher.load_device)
+    warn_of_size(awq.dims, pair.where)
     return clip
+
+
+def warn_of_size(dims: T5Dims | None, where: str) -> None:
+    """One log line for a T5 that no FLUX.1 was trained with; it is loaded all the same, for models made with it."""
+    if dims is not None and (dims.model, dims.vocab) != (XXL["d_model"], XXL["vocab_size"]):
+        log.warning(
+            "%s is a T5 of %d channels and %d tokens. FLUX.1 takes T5-XXL, which has %d and %d.",
+            where, dims.model, dims.vocab, XXL["d_model"], XXL["vocab_size"],
+        )  # fmt: skip
 
 
 def load_plain(pair: Pair, embeddings: list[str], **keywords: object) -> comfy.sd.CLIP:
@@ -225,9 +250,7 @@ def with_old_names(tensors: dict[str, Tensor], pair: Pair) -> dict[str, Tensor]:
     kinds = {tensors[f"{prefix}.weight"].dtype for prefix in linears}
     scales = {f"{prefix}.scale_weight": tensors.get(f"{prefix}.weight_scale") for prefix in linears}
     if len(kinds) != 1 or not kinds <= FP8 or any(scale is None or scale.numel() != 1 for scale in scales.values()):
-        raise CheckpointError(
-            f"{pair.where} is quantised in a form that this ComfyUI cannot read. Update ComfyUI, or take another T5 file."
-        )
+        raise CheckpointError(UNREADABLE.format(pair.where))
     kept = {name: t for name, t in tensors.items() if not name.endswith((".weight_scale", ".comfy_quant"))}
     return kept | {name: scale.reshape(()) for name, scale in scales.items()} | {"scaled_fp8": torch.tensor([], dtype=kinds.pop())}
 

@@ -7,6 +7,7 @@ import functools
 import gc
 import logging
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -133,8 +134,9 @@ def test_the_deprecated_node_and_its_folder(plain):
     for none in ("none", ""):
         with pytest.raises(ValueError, match="use_4bit_t5 is 'enable', but int4_model names no folder"):
             load(encoders.t5("fp16"), encoders.clip_l(), loader=loader, use_4bit_t5="enable", int4_model=none)
-    with pytest.raises(FileNotFoundError, match="'gone' .* awq-int4-t5.* int4_model"):
-        load(encoders.t5("fp16"), encoders.clip_l(), loader=loader, use_4bit_t5="enable", int4_model="gone")
+    for gone in ("gone", ".", "awq-int4-t5/.."):
+        with pytest.raises(FileNotFoundError, match=f"'{re.escape(gone)}' .* awq-int4-t5.* int4_model"):
+            load(encoders.t5("fp16"), encoders.clip_l(), loader=loader, use_4bit_t5="enable", int4_model=gone)
     encoders.saved("plain-t5/model.safetensors", encoders.weights())
     with pytest.raises(CheckpointError, match="^int4_model: .*ordinary T5"):
         load(encoders.t5("fp16"), encoders.clip_l(), loader=loader, use_4bit_t5="enable", int4_model="plain-t5")
@@ -185,6 +187,22 @@ def a_clip(layers: int, width: int) -> dict[str, Tensor]:
     return {f"text_model.encoder.layers.{i}.mlp.fc1.weight": torch.zeros(1, width) for i in range(layers)}
 
 
+def torch_saved(name: str, content: object) -> Path:
+    torch.save(content, encoders.folder() / name)
+    return encoders.folder() / name
+
+
+def a_module() -> Path:
+    return torch_saved("module.pt", torch.nn.Linear(4, 4))
+
+
+def an_nf4_t5() -> dict[str, Tensor]:
+    weights = encoders.weights()
+    packed = torch.zeros(weights[f"{Q}.weight"].numel() // 2, 1, dtype=torch.uint8)
+    marks = {f"{Q}.weight.absmax": torch.zeros(16), f"{Q}.weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}
+    return weights | {f"{Q}.weight": packed} | marks
+
+
 def a_umt5() -> dict[str, Tensor]:
     return encoders.weights() | {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.zeros(32, 4)}
 
@@ -217,6 +235,26 @@ REFUSED = {
     "gguf": (lambda: bytes_of("t5.bin", b"GGUF" + b"\x03\0\0\0" * 20), GGUF),
     "gguf called safetensors": (lambda: bytes_of("t5_q.safetensors", b"GGUF" + b"\x03\0\0\0" * 20), GGUF),
     "no pickle": (lambda: bytes_of("t5.pt", b"nothing that torch wrote" * 9), ["t5.pt cannot be read", AGAIN]),
+    "pickled module": (a_module, ["module.pt cannot be read", "something else than tensors", AGAIN]),
+    "pickled list": (lambda: torch_saved("list.bin", [torch.zeros(4)]), ["list.bin cannot be read", "something else than tensors", AGAIN]),
+    "safetensors called bin": (
+        lambda: bytes_of("renamed.bin", encoders.t5("fp16").read_bytes()),
+        ["is a safetensors file under another name", "end in .safetensors"],
+    ),
+    "4-bit pickle": (lambda: torch_saved("awq.bin", load_file(encoders.t5("4bit"))), ["is a 4-bit T5, which is read from a .safetensors"]),
+    "one shard of a T5": (
+        lambda: encoders.saved("model-00001-of-00002.safetensors", {k: t for k, t in encoders.weights().items() if "final" not in k}),
+        ["is missing", "It is one of several files"],
+    ),
+    "bitsandbytes": (lambda: encoders.saved("nf4.safetensors", an_nf4_t5()), ["is quantised in a form that this ComfyUI cannot read"]),
+    "numbers without a scale": (
+        lambda: encoders.saved("int8.safetensors", encoders.weights() | {f"{Q}.weight": torch.ones(256, 256, dtype=torch.int8)}),
+        [f"{Q}.weight is I8"],
+    ),
+    "CLIP-L without a layer": (
+        lambda: encoders.saved("hole_l.safetensors", {k: t for k, t in load_file(encoders.clip_l()).items() if "layers.5.mlp" not in k}),
+        ["is no whole CLIP-L: text_model.encoder.layers.5.mlp.fc1.weight is missing", AGAIN],
+    ),
     "cut pickle": (lambda: cut(encoders.t5("pickle")), ["cannot be read", AGAIN]),
     "CLIP-G": (lambda: encoders.saved("g.safetensors", a_clip(32, 1280)), ["is a CLIP-G text encoder", "takes CLIP-L"]),
     "CLIP-H": (lambda: encoders.saved("h.safetensors", a_clip(24, 1024)), ["is a CLIP-H text encoder", "takes CLIP-L"]),
@@ -277,8 +315,18 @@ def test_two_of_a_kind(kind, what):
 
 @pytest.mark.parametrize("key", ["NunchakuTextEncoderLoaderV2", "NunchakuTextEncoderLoader"])
 def test_another_family_is_refused(key):
-    with pytest.raises(ValueError, match="model_type is 'sd3'; this node loads the text encoders of FLUX.1"):
-        node(key).load_text_encoder("sd3", "clip_l.safetensors", "t5.safetensors", 512)
+    for family in ("sd3", "flux.2"):
+        with pytest.raises(ValueError, match=f"model_type is '{family}'; this node loads the text encoders of FLUX.1"):
+            node(key).load_text_encoder(family, "clip_l.safetensors", "t5.safetensors", 512)
+
+
+def test_a_t5_of_another_size_is_named(caplog):
+    """It loads; the log says once which slot has it."""
+    load(encoders.clip_l(), encoders.t5("4bit"))
+    load(encoders.t5("fp16"), encoders.clip_l())
+    said = [record.getMessage() for record in caplog.records if "FLUX.1 takes T5-XXL" in record.getMessage()]
+    assert len(said) == 2 and said[0].startswith("text_encoder2: ") and said[1].startswith("text_encoder1: ")
+    assert all("is a T5 of 256 channels and 32128 tokens" in text for text in said)
 
 
 def test_after_an_error_the_next_load_works(plain):

@@ -207,6 +207,25 @@ def test_other_embedding_and_a_decoder_beside(tmp_path, quick):
     assert not any("decoder" in name or "lm_head" in name for name in t5.entries)
 
 
+def test_shards(tmp_path, quick):
+    """The folder of a diffusers model: the same bytes as from one file; one shard alone says that there are more."""
+    tensors, folder = scaled_fp8(tiny_t5()), tmp_path / "model" / "text_encoder_2"
+    folder.mkdir(parents=True)
+    names = sorted(tensors, key=lambda name: name[::-1])  # linears and their scales apart
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / f"model-0000{i + 1}-of-00002.safetensors")
+    quantize_t5(write(tmp_path, tensors), tmp_path / "one.safetensors")
+    for i, path in enumerate((folder, folder.parent)):
+        quantize_t5(path, tmp_path / f"{i}.safetensors")
+        assert (tmp_path / f"{i}.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    shard = folder / "model-00001-of-00002.safetensors"
+    with pytest.raises(CheckpointError, match="is missing. It is one of several files: take .* the folder with all of them"):
+        quantize_t5(shard, tmp_path / "out.safetensors")
+    save_file(tensors, folder / "again.safetensors")
+    with pytest.raises(CheckpointError, match="is in both again.safetensors and model-00001"):
+        quantize_t5(folder, tmp_path / "out.safetensors")
+
+
 @pytest.mark.parametrize(("rest", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_type_of_the_rest(tmp_path, quick, rest, dtype):
     quantize_t5(write(tmp_path, tiny_t5(torch.float32)), tmp_path / "out.safetensors", rest=rest)
@@ -279,8 +298,10 @@ def test_places_that_cannot_be(tmp_path, monkeypatch):
     path = write(tmp_path, tiny_t5())
     with pytest.raises(CheckpointError, match="is a folder"):
         quantize_t5(path, tmp_path)
-    with pytest.raises(CheckpointError, match="is a folder; give the .safetensors file"):
-        quantize_t5(tmp_path, tmp_path / "out.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is a folder without .safetensors files. A T5-XXL file"):
+        quantize_t5(tmp_path / "empty", tmp_path / "out.safetensors")
+    (tmp_path / "empty").rmdir()
     with pytest.raises(CheckpointError, match="is the file to read"):
         quantize_t5(path, path)
     with pytest.raises(CheckpointError, match="there is no folder"):

@@ -105,8 +105,22 @@ def test_a_folder_is_read_and_one_embedding_is_enough(tmp_path):
     del tensors["encoder.embed_tokens.weight"]
     path = saved(tmp_path, tensors)
     assert awq.open_awq_t5(path.parent).dims == DIMS
-    with pytest.raises(CheckpointError, match="without a .safetensors file"):
+    save_file({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(4, 4)}, path.parent / "clip_l.safetensors")
+    save_file(tiny_t5(), path.parent / "t5xxl_fp16.safetensors")
+    assert [file.path for file in awq.open_awq_t5(path.parent).files] == [path]
+    with pytest.raises(CheckpointError, match="without .safetensors files. A 4-bit T5"):
         awq.open_awq_t5((tmp_path / "empty").mkdir() or tmp_path / "empty")
+
+
+def test_4_bit_tensors_elsewhere(tmp_path):
+    """Of a head they are left alone; in a block of the encoder they have to be a linear's."""
+    prefix, tensors = "encoder.block.0.layer.0.SelfAttention.q", packed_tiny()
+    parts = {suffix: tensors[f"{prefix}.{suffix}"] for suffix in awq.SUFFIXES}
+    t5 = awq.open_awq_t5(saved(tmp_path, tensors | {f"lm_head.{suffix}": t.clone() for suffix, t in parts.items()}))
+    assert set(t5.quantised) == set(DIMS.linears())
+    strange = tensors | {f"encoder.block.0.layer.1.EncDecAttention.q.{suffix}": t.clone() for suffix, t in parts.items()}
+    with pytest.raises(CheckpointError, match="EncDecAttention.q is no linear of a T5 encoder"):
+        awq.open_awq_t5(saved(tmp_path, strange))
 
 
 def test_recognition():

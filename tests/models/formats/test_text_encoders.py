@@ -6,7 +6,7 @@ from tonfa.kernels.t5_layout import T5Linear
 from tonfa.models.formats.awq import pack_linear
 from tonfa.models.formats.t5 import EMBEDDINGS, FINAL_NORM, T5Dims
 from tonfa.models.formats.tensorfile import CheckpointError
-from tonfa.models.formats.text_encoders import recognise
+from tonfa.models.formats.text_encoders import check_types, recognise
 
 from .t5_files import DIMS, scaled_fp8, tiny_t5
 
@@ -24,11 +24,19 @@ def whole(dims: T5Dims) -> Shapes:
 
 
 def clip(layers: int, width: int) -> Shapes:
-    return {f"text_model.encoder.layers.{i}.mlp.fc1.weight": (4 * width, width) for i in range(layers)}
+    inside = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")))
+    modules = [f"text_model.encoder.layers.{i}.{name}" for i in range(layers) for name in inside] + ["text_model.final_layer_norm"]
+    names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    return dict.fromkeys((f"text_model.embeddings.{t}_embedding.weight" for t in ("token", "position")), (77, width)) | dict.fromkeys(
+        names, (4 * width, width)
+    )
 
 
 def open_clip(layers: int, width: int) -> Shapes:
-    return {f"transformer.resblocks.{i}.ln_1.weight": (width,) for i in range(layers)}
+    inside = ("ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj", "attn.out_proj", "attn.in_proj")
+    names = [f"transformer.resblocks.{i}.{name}.{kind}" for i in range(layers) for name in inside for kind in ("weight", "bias")]
+    names = [name.replace("in_proj.", "in_proj_") for name in names] + ["ln_final.weight", "ln_final.bias"]
+    return dict.fromkeys((*names, "token_embedding.weight", "positional_embedding"), (width,))
 
 
 def four_bit(plain: tuple[str, ...] = ()) -> Shapes:
@@ -87,6 +95,31 @@ def test_a_4_bit_t5(tensors, metadata):
 def test_a_clip_l(tensors):
     found = recognise(tensors, {}, "text_encoder1: x")
     assert found.kind == "clip_l" and found.what == "a CLIP-L text encoder (12 layers of 768 channels)"
+
+
+@pytest.mark.parametrize(
+    ("whole", "name"),
+    [
+        (clip(12, 768), "text_model.embeddings.token_embedding.weight"),
+        (clip(12, 768), "text_model.encoder.layers.5.mlp.fc2.bias"),
+        (clip(12, 768), "text_model.final_layer_norm.weight"),
+        (open_clip(12, 768), "transformer.resblocks.11.attn.in_proj_weight"),
+        (open_clip(12, 768), "positional_embedding"),
+    ],
+)
+def test_a_clip_l_that_is_not_whole(whole, name):
+    with pytest.raises(CheckpointError, match=f"^text_encoder1: x is no whole CLIP-L: {name} is missing. Download it again.$"):
+        recognise({n: s for n, s in whole.items() if n != name}, {}, "text_encoder1: x")
+
+
+def test_whole_numbers_need_a_mark():
+    types = {f"{WO}.weight": "I8", f"{WO}.weight_scale": "F32", "shared.weight": "F16", f"{WO}.comfy_quant": "U8"}
+    check_types(types, "text_encoder2: x")
+    for marks in ({f"{WO}.comfy_quant"}, {f"{WO}.weight_scale"}):
+        check_types({n: t for n, t in types.items() if n not in marks}, "text_encoder2: x")
+    check_types({f"{WO}.weight": "U8", f"{WO}.weight.quant_state.bitsandbytes__nf4": "U8"}, "text_encoder2: x")
+    with pytest.raises(CheckpointError, match=f"^text_encoder2: x cannot be used: {WO}.weight is I8"):
+        check_types({f"{WO}.weight": "I8"}, "text_encoder2: x")
 
 
 OTHERS = {
