@@ -535,8 +535,8 @@ def test_partly_loaded_encoders_give_the_same(ours, files, name):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_what_loading_leaves_open_and_adds():
-    """No mapping of the T5's file, and at no time more memory than both encoders and one linear unpacked: dense it would be 400 MB."""
-    dims = T5Dims(blocks=16, model=1024, heads=16, inner=1024, ff=3072, vocab=512, buckets=32)
+    """No mapping of the T5's file, and at no time more memory than both encoders and one linear unpacked: dense it would be 740 MB."""
+    dims = T5Dims(blocks=16, model=1024, heads=16, inner=1024, ff=6144, vocab=512, buckets=32)
     g = torch.Generator().manual_seed(0)
     tensors = {name: torch.ones(shape, dtype=torch.float16) for name, shape in dims.plain().items()}
     for prefix, (n, k) in dims.linears().items():
@@ -566,7 +566,7 @@ def test_what_loading_leaves_open_and_adds():
     dense = sum(2 * n * k for n, k in dims.linears().values())
     one = max(n * k for n, k in dims.linears().values())
     print(f"peak {peak[0] / 1e6:.0f} MB, files {files / 1e6:.0f} MB, dense {dense / 1e6:.0f} MB")
-    assert 0.8 * files < peak[0] < files + 32 * one < files + dense / 4
+    assert 0.8 * files < peak[0] < files + 28 * one < files + dense / 4
     assert len(packed_of(clip)) == 112
 
 
