@@ -5,7 +5,8 @@
 Writes to FOLDER (13 GB free): a T5-XXL in fp16 with T5's own initialisation and heavy tails, a CLIP-L, and the T5 as quantize-t5 makes it.
 Limits: quantising under 60 s on the GPU; with the file in the page cache a load under 6 s that adds at most 3.3 GiB of anonymous memory;
 at most 2.8 GiB of weights on the GPU with CLIP-L beside; encoding 256 and 512 tokens at most 1.3x of the fp16 encoder on the GPU; error
-against that no larger than of the same codes dequantised in fp32. Exits 1 when one is missed.
+against that no larger than of the same codes dequantised in fp32; a linear compiled, or under autocast, keeps its bits. Exits 1 when one
+is missed.
 """
 
 from __future__ import annotations
@@ -143,6 +144,25 @@ def dequantised(clip: object, four: object) -> None:
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
+def keeps_its_bits(clip: object, report: Report, device: str) -> None:
+    """A 4-bit linear with a LoRA beside it, compiled and under autocast."""
+    from tonfa.models.lora import Term, make_side
+    from tonfa.models.t5 import PackedT5Linear
+
+    leaf = next(m for m in clip.cond_stage_model.modules() if isinstance(m, PackedT5Linear))
+    term = Term(torch.randn(leaf.out_features, 16, device=device), torch.randn(16, leaf.in_features, device=device), 0.01)
+    leaf.set_side(make_side(leaf.spec, [term], None, torch.device(device), torch.float32))
+    compiled = torch.compile(leaf, backend="aot_eager", fullgraph=True)
+    for rows in (4, 256):
+        x = torch.randn(rows, leaf.in_features, device=device)
+        want = leaf(x)
+        with torch.autocast(device, torch.bfloat16):
+            same = [torch.equal(leaf(x), want)]
+        same.append(torch.equal(compiled(x), want))
+        report.check(f"{rows} tokens, under autocast and compiled: other bits than before", same.count(False), 0)
+    leaf.set_side(None)
+
+
 def run(o: argparse.Namespace, report: Report, device: str) -> None:
     import comfy.model_management
     import comfy.sd  # noqa: F401  long there when a node is run
@@ -154,6 +174,7 @@ def run(o: argparse.Namespace, report: Report, device: str) -> None:
     bench.files(TINY if o.tiny else XXL)
     four = bench.four_bit()
     times = {length: bench.t5_ms(four, length) for length in (256, 512)}
+    keeps_its_bits(four, report, device)
     got = bench.encode(four, 512).double()
     plain = bench.load(PLAIN)
     comfy.model_management.load_models_gpu([four.patcher, plain.patcher])
