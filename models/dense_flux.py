@@ -131,7 +131,7 @@ def open_dense(path: str | os.PathLike) -> DenseFlux:
     """
     path = Path(path)
     files = [TensorFile(p) for p in files_of(path, "transformer", _EXPECTED)]
-    entries, metadata = merged(files), {key: value for f in files for key, value in f.metadata.items()}
+    entries, metadata = merged(files)
     _refuse_others(path, entries, metadata)
     prefix = next((p for p in PREFIXES if f"{p}img_in.weight" in entries or f"{p}x_embedder.weight" in entries), None)
     if prefix is None:

@@ -93,7 +93,7 @@ def open_t5(path: str | os.PathLike) -> SourceT5:
     """Open a T5 text encoder to quantise. Raises CheckpointError that says what the file is if it is something else, or what is missing."""
     path = Path(path)
     files = [TensorFile(file) for file in files_of(path, "text_encoder_2", _EXPECTED)]
-    entries, metadata = merged(files), {key: value for file in files for key, value in file.metadata.items()}
+    entries, metadata = merged(files)
     shapes = {key: entry.shape for key, entry in entries.items()}
     if other := what_encoder(shapes, metadata):
         raise CheckpointError(f"{path} is {other}. {_EXPECTED}")

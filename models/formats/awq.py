@@ -104,8 +104,7 @@ def open_awq_t5(path: str | os.PathLike) -> AwqT5:
     files = [file for file in found if is_awq_t5(file.entries, file.metadata)]  # other encoders may lie beside it
     if not any(name in file.entries for file in files for name in EMBEDDINGS):
         files = found
-    metadata = {key: value for file in files for key, value in file.metadata.items()}
-    entries = merged(files)
+    entries, metadata = merged(files)
     shapes = {key: entry.shape for key, entry in entries.items()}
     if other := what_encoder(shapes, metadata):
         raise CheckpointError(f"{path} is {other}; a 4-bit T5 such as awq-int4-flux.1-t5xxl.safetensors is expected here.")

@@ -35,8 +35,8 @@ def files_of(path: Path, inside: str, expected: str) -> list[Path]:
     return found
 
 
-def merged(files: list[TensorFile]) -> dict[str, Entry]:
-    """Every tensor by its name. Raises CheckpointError for one that two files have."""
+def merged(files: list[TensorFile]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Every tensor by its name, and the headers' metadata as one. Raises CheckpointError for a tensor that two files have."""
     out: dict[str, Entry] = {}
     for f in files:
         for key, entry in f.entries.items():
@@ -45,7 +45,7 @@ def merged(files: list[TensorFile]) -> dict[str, Entry]:
                     f"{key} is in both {out[key].file.path.name} and {f.path.name} of {f.path.parent}: give the file that is meant."
                 )
             out[key] = entry
-    return out
+    return out, {key: value for f in files for key, value in f.metadata.items()}
 
 
 def is_shard(path: str | Path) -> bool:

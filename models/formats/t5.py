@@ -125,7 +125,9 @@ def t5_dims(shapes: Mapping[str, tuple[int, ...]], where: str) -> T5Dims:
 
 def _advice(where: str) -> str:
     if is_shard(where):
-        return "It is one of several files: take a T5 in one file, or make one of the folder with all of them (`quantize-t5 FOLDER OUT`)."
+        return (
+            "It is one of several files: take a T5 in one file, or let `tonfa quantize-t5` make a 4-bit one of the folder with all of them."
+        )
     return "Download it again."
 
 
